@@ -1,0 +1,1 @@
+"""Presets: one TOML a kind of base model."""

@@ -1,0 +1,317 @@
+"""The trainer's configuration: TOML read, merged, checked, formatted.
+
+Every key is an option of the pinned sd-scripts under its own name; options.json holds the facts about
+them. sd-scripts itself takes a TOML file as it is (no conversion, no choices, unknown keys without a
+word: train_util.py:4748-4765 of v0.10.1), so all of that is done here.
+"""
+
+import difflib
+import json
+import math
+import re
+import shlex
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+import tomli_w
+
+from kohya.problem import Problem
+
+Kind = Literal["sd15", "sdxl"]
+KINDS: tuple[Kind, ...] = ("sd15", "sdxl")
+
+ALIASES = {"lr_restart_cycles": "lr_scheduler_num_cycles"}  # in both of ESD's templates
+
+# Options whose value is a folder or file that the job itself provides; a user's value is replaced.
+OWNED = frozenset(
+    {"pretrained_model_name_or_path", "train_data_dir", "output_dir", "logging_dir", "tokenizer_cache_dir"}
+)
+
+# Options that name a file or folder for which there is no channel.
+UNREACHABLE = frozenset(
+    {
+        "base_weights", "conditioning_data_dir", "config_file", "console_log_file", "dataset_config",
+        "in_json", "log_tracker_config", "network_weights", "offload_optimizer_nvme_path",
+        "offload_param_nvme_path", "reg_data_dir", "resume", "sample_prompts", "vae",
+    }
+)  # fmt: skip
+
+# The smallest value that does not end in an error, or in nothing trained, after the model is loaded.
+MINIMUM = {
+    "gradient_accumulation_steps": 1, "max_train_epochs": 1, "max_train_steps": 1, "network_dim": 1,
+    "save_every_n_epochs": 1, "save_every_n_steps": 1, "train_batch_size": 1, "vae_batch_size": 1,
+    "bucket_reso_steps": 1, "keep_tokens": 0, "max_data_loader_n_workers": 0, "max_grad_norm": 0,
+}  # fmt: skip
+
+# Where both are set sd-scripts lets epochs win (train_network.py:810): a layer that sets one drops the other.
+_LENGTHS = ("max_train_steps", "max_train_epochs")
+
+_FILE_NAMES = ("output_name", "log_prefix")
+_RESOLUTION = re.compile(r"\d+(,\d+)?")
+_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of the pinned parsers. `default` is None where the parser has none."""
+
+    name: str
+    type: Literal["str", "int", "float", "bool", "int_or_float", "Path"]
+    nargs: str | None
+    default: object
+    choices: list[object] | None
+    kinds: tuple[Kind, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value, and where it was set: "job.toml line 12", "hyperparameter network_dim"."""
+
+    name: str
+    value: object
+    where: str
+    as_text: bool = False  # came from a place that knows strings only, such as a hyperparameter
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The configuration that results from all layers, what was mended on the way, and what is wrong."""
+
+    settings: Mapping[str, Setting]
+    notes: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return {name: setting.value for name, setting in self.settings.items()}
+
+
+@cache
+def options() -> Mapping[str, Option]:
+    """Every option of train_network.py and sdxl_train_network.py v0.10.1, by name."""
+    facts = json.loads(resources.files("kohya").joinpath("options.json").read_text(encoding="utf-8"))
+    return {
+        name: Option(name=name, **{**fact, "kinds": tuple(fact["kinds"])}) for name, fact in facts.items()
+    }
+
+
+def preset(kind: Kind) -> tuple[Setting, ...]:
+    """The values of configs/<kind>.toml, the lowest layer of every job."""
+    name = f"{kind}.toml"
+    settings, problems = read(
+        resources.files("configs").joinpath(name).read_text(encoding="utf-8"), f"configs/{name}"
+    )
+    if problems:
+        raise AssertionError(f"configs/{name} is damaged: {problems}")
+    return settings
+
+
+def read(text: str, where: str, *, any_depth: bool = False) -> tuple[tuple[Setting, ...], list[Problem]]:
+    """The settings of a TOML text; section names mean nothing, as in sd-scripts.
+
+    One level of sections is flattened. Deeper ones are a problem, unless `any_depth`: ESD writes tables
+    into its [training] section, which sd-scripts would drop without a word.
+    """
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        return (), [Problem(where, f"it is not TOML: {error}", "Mend that line")]
+    found: dict[str, Setting] = {}
+    problems: list[Problem] = []
+
+    def collect(table: Mapping[str, object], depth: int) -> None:
+        for name, value in table.items():
+            lines = _lines(text, name)
+            at = f"{where} line {' and '.join(map(str, lines))}" if lines else f"{where}: {name}"
+            if isinstance(value, dict):
+                if depth > 0 and not any_depth:
+                    wrong = f"the table {name} stands inside another, and sd-scripts would ignore all of it"
+                    problems.append(Problem(where, wrong, "Move its keys one level up"))
+                else:
+                    collect(value, depth + 1)
+            elif name in found:
+                wrong = f"{name} is set twice, and only one of the values can count"
+                problems.append(Problem(at, wrong, "Keep one of the two lines"))
+            else:
+                found[name] = Setting(name, value, at)
+
+    collect(content, 0)
+    return tuple(found.values()), problems
+
+
+def merge(kind: Kind, layers: Iterable[Sequence[Setting]]) -> Merged:
+    """Lay the layers over each other, lowest first, and check every value against the pinned parsers."""
+    settings: dict[str, Setting] = {}
+    notes: list[str] = []
+    problems: list[Problem] = []
+    for layer in layers:
+        names = {setting.name for setting in layer}
+        for asked, other in (_LENGTHS, _LENGTHS[::-1]):
+            if asked in names and other not in names:
+                settings.pop(other, None)
+        for setting in layer:
+            try:
+                checked = _check(kind, setting, notes)
+            except _Wrong as error:
+                problems.append(Problem(setting.where, error.wrong, error.fix))
+                continue
+            if checked is None:  # an empty value unsets a lower layer's
+                settings.pop(ALIASES.get(setting.name, setting.name), None)
+            else:
+                settings[checked.name] = checked
+    if all(name in settings for name in _LENGTHS):
+        notes.append(f"{settings[_LENGTHS[0]].where}: max_train_epochs is set too, and counts")
+    return Merged(settings, tuple(notes), tuple(problems))
+
+
+def own(merged: Merged, values: Mapping[str, object]) -> Merged:
+    """`merged` with the job's own values on top, and a note for each value of the user's that gives way."""
+    notes = [
+        f"{merged.settings[name].where}: {name} is the job's to choose, and was replaced"
+        for name in values
+        if name in merged.settings
+    ]
+    owned = {name: Setting(name, value, "the job") for name, value in values.items()}
+    return replace(merged, settings={**merged.settings, **owned}, notes=(*merged.notes, *notes))
+
+
+def dump(values: Mapping[str, object]) -> str:
+    """`values` as TOML, one key a line, sorted by name."""
+    return tomli_w.dumps(dict(sorted(values.items())))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Advice for a name that is not known: the nearest ones that are."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f"Did you mean {' or '.join(close)}?"[:-1] if close else "Remove it, or correct its name"
+
+
+class _Wrong(Exception):
+    """What is wrong with a value, and the way out."""
+
+    def __init__(self, wrong: str, fix: str) -> None:
+        self.wrong, self.fix = wrong, fix
+        super().__init__(wrong)
+
+
+def _check(kind: Kind, setting: Setting, notes: list[str]) -> Setting | None:
+    """`setting` under its option's name and in its option's type; None for an empty value. Raises _Wrong."""
+    name = ALIASES.get(setting.name, setting.name)
+    if name != setting.name:
+        notes.append(f"{setting.where}: {setting.name} is read as {name}")
+    option = options().get(name)
+    if option is None:
+        raise _Wrong(f"{name} is no option of sd-scripts, which would ignore it", nearest(name, options()))
+    if kind not in option.kinds:
+        raise _Wrong(f"{name} is an option of {option.kinds[0]} only, and this job is {kind}", "Remove it")
+    if setting.value in ("", None, []):
+        return None
+    if name in UNREACHABLE:
+        raise _Wrong(f"{name} names a file or folder, and there is no channel for it", "Remove it")
+    value = (
+        _as_list(option, setting.value) if option.nargs == "*" else _READERS[option.type](name, setting.value)
+    )
+    _check_value(option, value)
+    if isinstance(setting.value, str) and not (isinstance(value, str) or setting.as_text):
+        notes.append(f"{setting.where}: {name} = {_show(setting.value)} is read as {_show(value)}")
+    return Setting(name, value, setting.where)
+
+
+def _check_value(option: Option, value: object) -> None:
+    """What sd-scripts would accept and then fail on, or do nothing with. Raises _Wrong."""
+    name, shown = option.name, _show(value)
+    if option.choices is not None and value not in option.choices:
+        choices = [str(choice) for choice in option.choices if choice is not None]
+        close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.1)
+        raise _Wrong(f"{name} = {shown} is not one of {', '.join(choices)}", f"Write {(close or choices)[0]}")
+    smallest = MINIMUM.get(name)
+    if smallest is not None and isinstance(value, int | float) and value < smallest:
+        raise _Wrong(f"{name} = {shown} is too small", f"Write {smallest} or more")
+    if name == "resolution" and not _RESOLUTION.fullmatch(str(value)):
+        raise _Wrong(f"resolution = {shown} is not pixels", 'Write resolution = "512,512"')
+    if name == "save_model_as" and value != "safetensors":
+        raise _Wrong(f"save_model_as = {shown} makes a pickle", 'Write save_model_as = "safetensors"')
+    if name in _FILE_NAMES and not re.fullmatch(r"[^/\\\0\n]{1,128}", str(value)):
+        raise _Wrong(f"{name} = {shown} cannot be part of a file name", f'Write {name} = "my_lora"')
+
+
+def _as_list(option: Option, value: object) -> list[object]:
+    """A list option's value: a list, a scalar, JSON text, or words as on a command line."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            try:
+                value = shlex.split(str(value))
+            except ValueError as error:
+                raise _Wrong(
+                    f"{option.name} = {_show(value)} is no list of words ({error})", "Mend it"
+                ) from error
+    items = value if isinstance(value, list) else [value]
+    return [_READERS[option.type](option.name, item) for item in items]
+
+
+def _as_str(name: str, value: object) -> object:
+    if isinstance(value, bool | list | dict):
+        raise _Wrong(f"{name} = {_show(value)} is not text", f'Write {name} = "text"')
+    return str(value)
+
+
+def _as_bool(name: str, value: object) -> object:
+    text = str(value).strip().lower()
+    if text not in _TRUE + _FALSE:
+        raise _Wrong(f"{name} = {_show(value)} is neither true nor false", f"Write {name} = true")
+    return text in _TRUE
+
+
+def _as_float(name: str, value: object) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(str(value))
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise _Wrong(f"{name} = {_show(value)} is not a number", f"Write {name} = 0.1")
+    return number
+
+
+def _as_int(name: str, value: object) -> int:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    try:
+        return int(str(value))
+    except ValueError as error:
+        raise _Wrong(f"{name} = {_show(value)} is not a whole number", f"Write {name} = 1") from error
+
+
+def _as_int_or_float(name: str, value: object) -> int | float:
+    """1 or more counts steps, less is a share of all steps, 5% too (train_util.py, int_or_float)."""
+    if isinstance(value, str) and value.endswith("%"):
+        return _as_float(name, value[:-1]) / 100
+    number = _as_float(name, value)
+    return int(number) if number >= 1 else number
+
+
+_READERS: Mapping[str, Callable[[str, object], object]] = {
+    "str": _as_str,
+    "Path": _as_str,
+    "bool": _as_bool,
+    "int": _as_int,
+    "float": _as_float,
+    "int_or_float": _as_int_or_float,
+}
+
+
+def _show(value: object) -> str:
+    """A value as it is written in TOML, cut to a readable length."""
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool | list) else str(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _lines(text: str, name: str) -> list[int]:
+    """The numbers of the lines on which `name` is set."""
+    key = re.compile(rf"""\s*["']?{re.escape(name)}["']?\s*=""")
+    return [number for number, line in enumerate(text.splitlines(), 1) if key.match(line)]

@@ -1,0 +1,15 @@
+"""What is wrong with a request, in the one form that every report uses."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where it stands, what is wrong with it, and the way out."""
+
+    where: str  # a file, key or line: "hyperparameter network_dim", "s3://bucket/data"
+    wrong: str  # what is wrong and what was expected; no full stop
+    fix: str  # what to do or to type; no full stop
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.wrong}. {self.fix}."

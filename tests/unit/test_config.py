@@ -1,0 +1,191 @@
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from kohya import config
+from kohya.config import Setting
+
+
+def merged(text: str, kind: config.Kind = "sd15", **hyperparameters: str) -> config.Merged:
+    settings, problems = config.read(text, "job.toml")
+    assert problems == []
+    layer = [
+        Setting(name, value, f"hyperparameter {name}", as_text=True)
+        for name, value in hyperparameters.items()
+    ]
+    return config.merge(kind, [settings, layer])
+
+
+def problem(text: str, kind: config.Kind = "sd15") -> str:
+    (found,) = merged(text, kind).problems
+    return str(found)
+
+
+def test_options_are_those_of_the_pinned_parsers() -> None:
+    known = config.options()
+    assert len(known) == 196
+    assert sum("sd15" in option.kinds for option in known.values()) == 193
+    assert known["caption_extension"].default == ".caption"
+
+
+@pytest.mark.parametrize("kind", config.KINDS)
+def test_every_preset_passes_the_pinned_parsers(kind: config.Kind) -> None:
+    result = config.merge(kind, [config.preset(kind)])
+    assert result.problems == ()
+    assert result.notes == ()
+
+
+@pytest.mark.parametrize("kind", config.KINDS)
+def test_every_preset_opens_with_its_purpose_and_its_command(kind: config.Kind) -> None:
+    lines = Path(config.__file__).parents[1].joinpath("configs", f"{kind}.toml").read_text().splitlines()
+    assert lines[0].startswith("# A LoRA for Stable Diffusion")
+    assert "python -m entrypoint train" in lines[2]
+
+
+def test_higher_layers_win_and_say_where_they_come_from() -> None:
+    result = merged("seed = 1\nnetwork_dim = 8", seed="2")
+    assert result.values == {"seed": 2, "network_dim": 8}
+    assert result.settings["seed"].where == "hyperparameter seed"
+    assert result.settings["network_dim"].where == "job.toml line 2"
+
+
+def test_sections_mean_nothing() -> None:
+    assert merged("seed = 1\n[any]\nnetwork_dim = 8").values == {"seed": 1, "network_dim": 8}
+
+
+def test_deeper_sections_are_refused_but_read_for_esd() -> None:
+    text = "[training]\nseed = 1\n[training.additional_network]\nnetwork_dim = 8"
+    assert "additional_network stands inside another" in str(config.read(text, "job.toml")[1][0])
+    settings, problems = config.read(text, "job.toml", any_depth=True)
+    assert [setting.name for setting in settings] == ["seed", "network_dim"]
+    assert problems == []
+
+
+def test_a_key_in_two_sections_is_named_with_both_lines() -> None:
+    _, problems = config.read("[a]\nseed = 1\n[b]\nseed = 2", "job.toml")
+    assert "job.toml line 2 and 4: seed is set twice" in str(problems[0])
+
+
+def test_broken_toml_names_the_line() -> None:
+    _, problems = config.read("seed = 1\nfoo = [1,\n", "job.toml")
+    assert "job.toml: it is not TOML" in str(problems[0])
+    assert "line" in str(problems[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "sent", "read"),
+    [
+        ("xformers", "false", False),
+        ("xformers", "True", True),
+        ("network_dim", "16", 16),
+        ("unet_lr", "1e-4", 1e-4),
+        ("lr_warmup_steps", "0.1", 0.1),
+        ("lr_warmup_steps", "100", 100),
+        ("lr_warmup_steps", "5%", 0.05),
+        ("text_encoder_lr", "5e-5", [5e-5]),
+        ("text_encoder_lr", "[1e-5, 2e-5]", [1e-5, 2e-5]),
+        ("optimizer_args", "weight_decay=0.1 betas=0.9,0.99", ["weight_decay=0.1", "betas=0.9,0.99"]),
+        ("optimizer_args", '["weight_decay=0.1"]', ["weight_decay=0.1"]),
+        ("resolution", "512", "512"),
+        ("training_comment", "it's; $(rm -rf /)\nfine", "it's; $(rm -rf /)\nfine"),
+    ],
+)
+def test_a_hyperparameter_is_read_as_its_options_type(name: str, sent: str, read: object) -> None:
+    result = merged("", **{name: sent})
+    assert (result.problems, result.notes) == ((), ())
+    assert result.values == {name: read}
+    assert type(result.values[name]) is type(read)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "networkdim = 4",
+            "networkdim is no option of sd-scripts, which would ignore it. Did you mean network_dim",
+        ),
+        ("network_dim = 'four'", 'network_dim = "four" is not a whole number'),
+        ("network_dim = 4.5", "network_dim = 4.5 is not a whole number"),
+        ("network_dim = true", "network_dim = true is not a whole number"),
+        ("unet_lr = 'fast'", "is not a number"),
+        ("unet_lr = nan", "is not a number"),
+        ("xformers = 'perhaps'", "is neither true nor false"),
+        ("mixed_precision = 'bfloat16'", "is not one of no, fp16, bf16. Write bf16."),
+        ("save_precision = 'bfloat16'", "is not one of float, fp16, bf16"),
+        ("max_token_length = 100", "is not one of 150, 225"),
+        ("train_batch_size = 0", "is too small. Write 1 or more"),
+        ("max_train_steps = 0", "is too small"),
+        ("resolution = 'big'", 'Write resolution = "512,512"'),
+        ("save_model_as = 'ckpt'", "makes a pickle"),
+        ("output_name = '../x'", "cannot be part of a file name"),
+        ("vae = 'vae.safetensors'", "there is no channel for it"),
+        ("resume = '/tmp/state'", "there is no channel for it"),
+        ("cache_text_encoder_outputs = true", "is an option of sdxl only, and this job is sd15"),
+        ("output_name = true", "is not text"),
+    ],
+)
+def test_what_sd_scripts_would_swallow_is_a_problem(line: str, said: str) -> None:
+    told = problem(line)
+    assert told.startswith("job.toml line 1: ")
+    assert said in told
+
+
+def test_the_other_kinds_option_is_fine_for_its_own_kind() -> None:
+    assert merged("cache_text_encoder_outputs = true", "sdxl").problems == ()
+
+
+def test_all_problems_are_told_at_once() -> None:
+    assert len(merged("a = 1\nb = 2\nseed = 'x'").problems) == 3
+
+
+def test_what_can_be_mended_is_mended_and_said() -> None:
+    result = merged('lr_restart_cycles = 2\nnetwork_dim = "8"')
+    assert result.values == {"lr_scheduler_num_cycles": 2, "network_dim": 8}
+    assert result.notes == (
+        "job.toml line 1: lr_restart_cycles is read as lr_scheduler_num_cycles",
+        'job.toml line 2: network_dim = "8" is read as 8',
+    )
+
+
+def test_empty_values_are_not_set_and_unset_a_lower_layer() -> None:
+    assert merged('reg_data_dir = ""\nnetwork_args = []\nseed = 1', seed="").values == {}
+
+
+def test_the_later_wish_for_the_length_counts() -> None:
+    low = (Setting("max_train_epochs", 10, "preset"),)
+    high = (Setting("max_train_steps", 50, "flag"),)
+    assert config.merge("sd15", [low, high]).values == {"max_train_steps": 50}
+    assert config.merge("sd15", [high, low]).values == {"max_train_epochs": 10}
+    both = config.merge("sd15", [low + high])
+    assert "max_train_epochs is set too, and counts" in both.notes[0]
+
+
+def test_the_job_replaces_its_own_paths_and_says_so() -> None:
+    result = config.own(merged('output_dir = "./out"\nseed = 1'), {"output_dir": "/scratch"})
+    assert result.values == {"output_dir": "/scratch", "seed": 1}
+    assert result.notes == ("job.toml line 1: output_dir is the job's to choose, and was replaced",)
+
+
+def test_what_is_dumped_reads_back() -> None:
+    values = {
+        "seed": 1,
+        "output_name": 'a "b" \\ 絵',
+        "text_encoder_lr": [1e-5],
+        "xformers": False,
+        "unet_lr": 1e-4,
+    }
+    assert tomllib.loads(config.dump(values)) == values
+    assert list(tomllib.loads(config.dump(values))) == sorted(values)
+
+
+def test_options_file_holds_facts_only() -> None:
+    facts = json.loads(Path(config.__file__).with_name("options.json").read_text())
+    assert {key for fact in facts.values() for key in fact} == {
+        "type",
+        "nargs",
+        "default",
+        "choices",
+        "kinds",
+    }
