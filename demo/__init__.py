@@ -1,0 +1,1 @@
+"""The whole job on an embedded default: `make demo`."""
