@@ -1,0 +1,1 @@
+"""The job, as it runs inside the container: from a request to a published LoRA."""

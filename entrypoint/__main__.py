@@ -1,0 +1,28 @@
+"""`python -m entrypoint train`: the command that SageMaker runs."""
+
+import sys
+
+from entrypoint import job
+
+USAGE = """usage: python -m entrypoint train [--name=value …]
+
+Trains a LoRA as one SageMaker training job: inputs from channels under /opt/ml/input/data
+(SAGEMAKER_BASE_DIR moves /opt/ml), or from --model_uri=… and --dataset_uri=…
+Flags are the job's hyperparameters and sd-scripts' options; the README lists them."""
+
+
+def main() -> int:
+    """Run the command that the arguments name; returns the exit code."""
+    match sys.argv[1:]:
+        case ["train", *arguments] if not {"--help", "-h"} & set(arguments):
+            return job.run(arguments)
+        case ["--help" | "-h"] | ["train", *_]:
+            print(USAGE)
+            return 0
+        case _:
+            print(USAGE, file=sys.stderr)
+            return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

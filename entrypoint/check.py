@@ -1,0 +1,316 @@
+"""Every check that can be made before the first byte of the model is paid for, and one report of them."""
+
+import importlib.util
+import io
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from entrypoint import checkpoint, dataset
+from entrypoint.checkpoint import NotABaseModel
+from entrypoint.contract import Tree
+from entrypoint.dataset import DataSet
+from entrypoint.failures import Problem, Unfit, collecting
+from entrypoint.request import JobRequest, Source
+from entrypoint.storage import RemoteObject, S3Uri, Storage, safe_relative
+from kohya import config, tokenizers
+from kohya.builtin.options import problems as builtin_problems
+from kohya.config import Kind, Merged, Setting
+
+OUTPUT_BYTES = 1_000_000_000  # room for LoRAs, event logs and the trainer's own files
+_TOML_BYTES = 1 << 20
+_MODEL_ENDINGS = (".safetensors", ".tar", ".ckpt")
+_ESD_TAGGER = "enable_wd14_tagger"  # ESD's WebUI leaves its captioning flag in the TOML
+_LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "tensorboard", "PIL")
+
+File = RemoteObject | Path
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """The base model as it was found."""
+
+    file: File
+    size: int  # bytes
+    member: str | None  # its name inside a tar, ESD's early form
+    streamed: bool
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The first GPU of this machine."""
+
+    name: str
+    capability: float  # CUDA compute capability: 7.5 for a T4, 8.6 for an A10G
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request that can be trained: what it is made of, and the configuration that results."""
+
+    request: JobRequest
+    kind: Kind
+    model: ModelFile
+    dataset: DataSet
+    dataset_files: Mapping[str, File]  # by path below the data set's root
+    merged: Merged
+    gpu: Gpu | None
+
+
+def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> Plan:
+    """Look at everything that was named, without fetching it. Raises Unfit with every problem found."""
+    problems: list[Problem] = []
+    model, merged, files = None, None, None
+    kind, toml, gpu = request.kind, [], find_gpu()
+    with collecting(problems):
+        model, kind = _model(request, storage)
+    with collecting(problems):
+        toml = _toml(request, storage)
+    if kind is not None:
+        merged = config.merge(kind, [config.preset(kind), _precision(gpu), toml, *request.layers])
+        problems += merged.problems
+        problems += _trainer(request, kind, merged, gpu)
+    with collecting(problems):
+        files = _files(request.dataset, storage)
+        data_set, wrong = dataset.inspect(
+            {name: _size(file) for name, file in files.items()},
+            str(request.dataset.location),
+            caption_extension=str(merged.values.get("caption_extension", ".txt") if merged else ".txt"),
+            allow_missing_captions=request.allow_missing_captions,
+        )
+        problems += wrong
+        files = {name: files[name] for name in data_set.files}
+    if model is not None and files is not None:
+        problems += _disk(model, files, tree, scratch)
+    if problems or model is None or kind is None or merged is None or files is None:
+        raise Unfit(problems)
+    return Plan(request, kind, model, data_set, files, merged, gpu)
+
+
+def find_gpu() -> Gpu | None:
+    """The first GPU, as the driver's own tool tells it; None where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        name, capability = told.splitlines()[0].rsplit(",", 1)
+        return Gpu(name.strip(), float(capability))
+    except (subprocess.SubprocessError, OSError, IndexError, ValueError):
+        return None
+
+
+def _model(request: JobRequest, storage: Storage) -> tuple[ModelFile, Kind]:
+    """The base model's file and, from its header, its kind."""
+    file = _one_file(request.model, _MODEL_ENDINGS, "base model", storage)
+    where = f"{request.model.where}: {_name(file)}"
+    try:
+        with _opened(file, storage) as opened:
+            member, header = _header(opened, _size(file), _name(file))
+        kind = checkpoint.identify(header)
+    except NotABaseModel as error:
+        fix = "Give a Stable Diffusion 1.5 or SDXL checkpoint as one .safetensors file"
+        raise Unfit([Problem(where, str(error), fix)]) from error
+    except OSError as error:
+        wrong, fix = f"it cannot be read ({error.strerror})", "Check its path and permissions"
+        raise Unfit([Problem(where, wrong, fix)]) from error
+    if request.kind not in (None, kind):
+        wrong = f"it is an {kind} model, and the job asks for {request.kind}"
+        raise Unfit([Problem(where, wrong, f"Give an {request.kind} model, or ask for {kind}")])
+    return ModelFile(file, _size(file), member, request.model.streamed), kind
+
+
+def _header(file: BinaryIO, size: int, name: str) -> tuple[str | None, checkpoint.Header]:
+    """The header of a safetensors file, or of the one inside a tar together with its name there."""
+    if name.endswith(".ckpt"):
+        raise NotABaseModel("it is a .ckpt, a pickle that can run code when it is loaded")
+    if not name.endswith(".tar"):
+        return None, checkpoint.read_header(file, size)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            found = [member for member in archive if member.isfile() and member.name.endswith(".safetensors")]
+            inside = archive.extractfile(found[0]) if len(found) == 1 else None
+            if inside is None:
+                raise NotABaseModel(f"the tar holds {len(found)} .safetensors files, and must hold one")
+            return found[0].name, checkpoint.read_header(cast(BinaryIO, inside), found[0].size)
+    except tarfile.TarError as error:
+        raise NotABaseModel(f"it is not a plain tar ({error})") from error
+
+
+def _toml(request: JobRequest, storage: Storage) -> list[Setting]:
+    """The settings of the user's TOML; none where there is none."""
+    if request.config is None:
+        return []
+    file = _one_file(request.config, (".toml",), "configuration", storage)
+    where = f"{request.config.where}: {_name(file)}"
+    try:
+        with _opened(file, storage) as opened:
+            content = opened.read(_TOML_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Unfit([Problem(where, f"it cannot be read ({error})", "Save it as UTF-8")]) from error
+    if len(content) > _TOML_BYTES:
+        raise Unfit(
+            [Problem(where, "it has more than 1 MiB", "Give a TOML that holds the configuration alone")]
+        )
+    settings, problems = config.read(text, _name(file), any_depth=request.flat)
+    if request.flat:
+        asked = [setting for setting in settings if setting.name == _ESD_TAGGER]
+        settings = tuple(setting for setting in settings if setting.name != _ESD_TAGGER)
+        if asked and asked[0].value not in (False, "false", ""):
+            wrong = f"{_ESD_TAGGER} asks for captions, and this image holds no tagger"
+            problems.append(Problem(asked[0].where, wrong, f"Write {_ESD_TAGGER} = false"))
+    if problems:
+        raise Unfit(problems)
+    return list(settings)
+
+
+def _precision(gpu: Gpu | None) -> Sequence[Setting]:
+    """The precision that suits this machine: bf16 from compute capability 8.0, fp16 below, none on a CPU."""
+    if gpu is None:
+        return (Setting("mixed_precision", "no", "this machine has no GPU"),)
+    return (
+        Setting("mixed_precision", "bf16" if gpu.capability >= 8 else "fp16", f"this machine's {gpu.name}"),
+    )
+
+
+def _trainer(request: JobRequest, kind: Kind, merged: Merged, gpu: Gpu | None) -> list[Problem]:
+    """What the trainer lacks, and what it does not do."""
+    precision = merged.settings["mixed_precision"]
+    problems = []
+    if precision.value == "fp16" and gpu is None:
+        wrong = "mixed_precision = fp16 does not run on a CPU, and this machine has no GPU"
+        problems.append(Problem(precision.where, wrong, "Write mixed_precision=no"))
+    if precision.value == "bf16" and gpu is not None and gpu.capability < 8:
+        wrong = f"mixed_precision = bf16 does not run on a {gpu.name}"
+        problems.append(Problem(precision.where, wrong, "Write mixed_precision=fp16"))
+    if request.trainer == "sd-scripts":
+        wrong = "sd-scripts is not in this environment"
+        return [
+            *problems,
+            Problem(
+                "trainer sd-scripts",
+                wrong,
+                "To train with the small built-in trainer, type --trainer=builtin",
+            ),
+        ]
+    if absent := [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]:
+        wrong = f"{', '.join(absent)} cannot be imported here"
+        problems.append(Problem("trainer builtin", wrong, "Type: pip install 'sagemaker-kohya[train]'"))
+    if not (tokenizers.folder() / tokenizers.CLIP_L / tokenizers.FILES[0]).exists():
+        wrong = f"the CLIP tokenizers are not in {tokenizers.folder()}"
+        problems.append(Problem("trainer builtin", wrong, "Type: python -m kohya.tokenizers"))
+    owned = dict.fromkeys(config.OWNED, "the job's")
+    for name, wrong, fix in builtin_problems({**merged.values, **owned}, kind):
+        problems.append(Problem(merged.settings[name].where if name in merged.settings else name, wrong, fix))
+    return problems
+
+
+def _files(source: Source, storage: Storage) -> dict[str, File]:
+    """Every file of a folder, by its path below it."""
+    location = source.location
+    if isinstance(location, S3Uri):
+        return {safe_relative(item.uri, location): item for item in storage.list(location)}
+    if not location.is_dir():
+        raise Unfit([Problem(f"{source.where}: {location}", "it is not a folder", "Correct the path")])
+    return {path.relative_to(location).as_posix(): path for path in location.rglob("*") if path.is_file()}
+
+
+def _disk(model: ModelFile, files: Mapping[str, File], tree: Tree, scratch: Path) -> list[Problem]:
+    """Whether what is fetched and what is made find room, and whether the results can be written."""
+    fetched = sum(file.size for file in files.values() if isinstance(file, RemoteObject))
+    if isinstance(model.file, RemoteObject) or model.streamed:
+        fetched += model.size
+    if model.member is not None:
+        fetched += model.size
+    problems = []
+    for folder, needed, what in (
+        (scratch, fetched + OUTPUT_BYTES, "the inputs and the trainer's files"),
+        (tree.model, OUTPUT_BYTES, "the LoRAs"),
+    ):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder).free
+        except OSError as error:
+            wrong = f"it cannot be made ({error.strerror})"
+            problems.append(Problem(str(folder), wrong, "Set SAGEMAKER_BASE_DIR to a folder of your own"))
+            continue
+        if free < needed:
+            wrong = f"{what} need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+            problems.append(Problem(str(folder), wrong, "Give the job a larger volume (VolumeSizeInGB)"))
+    return problems
+
+
+def _one_file(source: Source, endings: tuple[str, ...], what: str, storage: Storage) -> File:
+    """The file that `source` names, or the only one with such an ending in the folder that it names.
+
+    Raises Unfit where there is none or more than one, StorageError where S3 says no.
+    """
+    location = source.location
+    where = f"{source.where}: {location}"
+    if isinstance(location, S3Uri) and location.key.endswith(endings):
+        return storage.head(location)
+    if isinstance(location, Path) and location.is_file():
+        return location
+    if isinstance(location, Path) and not location.is_dir():
+        raise Unfit([Problem(where, "there is no such file or folder", "Correct the path")])
+    files = _files(source, storage)
+    found = [file for name, file in sorted(files.items()) if name.endswith(endings)]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        wrong, fix = f"there is no {what} ({', '.join(endings)})", "Put the file there, or name it"
+    else:
+        names = ", ".join(_name(file).rsplit("/", 1)[-1] for file in found[:5])
+        wrong, fix = f"there are {len(found)} files ({names})", f"Leave one, or name the {what} itself"
+    raise Unfit([Problem(where, wrong, fix)])
+
+
+def _size(file: File) -> int:
+    return file.size if isinstance(file, RemoteObject) else file.stat().st_size
+
+
+def _name(file: File) -> str:
+    return str(file) if isinstance(file, Path) else str(file.uri)
+
+
+@contextmanager
+def _opened(file: File, storage: Storage) -> Iterator[BinaryIO]:
+    """The file for reading, wherever it is."""
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            yield opened
+    else:
+        yield cast(BinaryIO, io.BufferedReader(_Ranges(file, storage), 1 << 16))
+
+
+class _Ranges(io.RawIOBase):
+    """An object in S3 as a file that is read by ranges: a header of it costs the header's bytes."""
+
+    def __init__(self, file: RemoteObject, storage: Storage) -> None:
+        self._file, self._storage, self._position = file, storage, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        length = min(len(buffer), self._file.size - self._position)
+        if length <= 0:
+            return 0
+        content = self._storage.read_range(self._file.uri, self._position, length)
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)

@@ -1,0 +1,195 @@
+"""Safetensors files, told by their headers: which base model it is, and whether the LoRA works.
+
+The layout (https://github.com/huggingface/safetensors, "Format"): 8 bytes with the header's length,
+little-endian; the header, JSON, tensor name → dtype, shape, data_offsets; the numbers.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import safetensors
+
+from entrypoint.failures import BadLora
+from kohya.config import Kind
+
+_ENDS = (".alpha", ".lora_down.weight", ".lora_up.weight")
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+Header = Mapping[str, Any]
+
+_SD15_TEXT = "cond_stage_model.transformer."
+_SDXL_TEXT = "conditioner.embedders.1.model."
+_UNET_IN = "model.diffusion_model.input_blocks.0.0.weight"  # (channels, 4, 3, 3)
+
+
+class NotABaseModel(ValueError):
+    """The file is not a base model that can be trained. Its text names what it is instead."""
+
+
+def read_header(file: BinaryIO, size: int) -> Header:
+    """The tensors that the safetensors file of `size` bytes says it has, name → dtype, shape, data_offsets.
+
+    Reads the header only. Raises NotABaseModel when the file is no safetensors file, or is cut off.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= min(MAX_HEADER, size - 8):
+        raise NotABaseModel("it is not a safetensors file (its first 8 bytes give no sensible header length)")
+    try:
+        header = json.loads(file.read(length))
+        tensors = {name: fact for name, fact in header.items() if name != "__metadata__"}
+        end = max((int(fact["data_offsets"][1]) for fact in tensors.values()), default=0)
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
+        raise NotABaseModel("it is not a safetensors file (its header lists no tensors)") from error
+    if end + 8 + length != size:
+        wrong = (
+            f"its header describes {end + 8 + length:,} bytes and it has {size:,}: it is cut off or damaged"
+        )
+        raise NotABaseModel(wrong)
+    return tensors
+
+
+def identify(header: Header) -> Kind:
+    """SD1.5 or SDXL, by the names of the tensors. Raises NotABaseModel, naming what else it is."""
+    if _UNET_IN in header and header[_UNET_IN].get("shape", [0, 0])[1:2] == [4]:
+        if any(name.startswith(_SDXL_TEXT) for name in header) and _has(
+            header, "conditioner.embedders.0.transformer."
+        ):
+            return "sdxl"
+        if _has(header, _SD15_TEXT):
+            return "sd15"
+    raise NotABaseModel(f"it is {_other(header)}, and not an SD1.5 or SDXL base model in one file")
+
+
+_OTHERS = {  # how the tensors' names begin → what it is
+    "lora_": "a LoRA",
+    "unet.": "a LoRA in diffusers' format",
+    "double_blocks.": "a Flux model",
+    "model.diffusion_model.double_blocks.": "a Flux model",
+    "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 model",
+    "cond_stage_model.model.": "a Stable Diffusion 2 model",
+    "conditioner.embedders.0.model.": "the SDXL refiner",
+    "text_model.": "a text encoder",
+    "down_blocks.": "a U-Net in diffusers' format",
+    "encoder.": "a VAE",
+}
+
+
+def _other(header: Header) -> str:
+    """What a file that is no base model is instead."""
+    channels = header.get(_UNET_IN, {}).get("shape", [0, 0])[1:2]
+    if channels == [9]:
+        return "an inpainting model"
+    for prefix, name in _OTHERS.items():
+        if _has(header, prefix):
+            return name
+    return f"something else (its first tensor is {next(iter(header), 'missing')})"
+
+
+def _has(header: Header, prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in header)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What is known of a LoRA that works."""
+
+    path: Path
+    modules: int
+    rank: int
+    bytes: int
+
+
+def verify_lora(path: Path, kind: Kind, *, unet: bool = True, text_encoders: bool = True) -> Lora:
+    """Read the whole LoRA and return its facts.
+
+    It counts when it opens, has an alpha, a lora_down and a lora_up for each module that `kind` must
+    have, holds no NaN or Inf, and is not all zero. Raises BadLora with the reason.
+    """
+    try:
+        tensors = dict(safetensors.deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
+    except (OSError, safetensors.SafetensorError) as error:  # type: ignore[attr-defined]
+        raise BadLora(f"{path.name} does not open as safetensors: {error}.") from error
+    expected = set(modules(kind, unet=unet, text_encoders=text_encoders))
+    names = {name.removesuffix(end) for name in tensors for end in _ENDS if name.endswith(end)}
+    if missing := sorted(expected - names):
+        raise BadLora(f"{path.name} lacks {len(missing)} of {len(expected)} modules, {missing[0]} first.")
+    if unknown := sorted(names - expected) or sorted(set(tensors) - _tensors(expected)):
+        raise BadLora(
+            f"{path.name} has {len(unknown)} keys that a {kind} LoRA does not have, {unknown[0]} first."
+        )
+    if absent := sorted(_tensors(expected) - set(tensors)):
+        raise BadLora(f"{path.name} lacks {len(absent)} tensors, {absent[0]} first.")
+    if odd := sorted({tensor["dtype"] for tensor in tensors.values()} - {*_DTYPES, "BF16"}):
+        raise BadLora(f"{path.name} holds numbers of type {odd[0]}, which no program loads as a LoRA.")
+    broken = [name for name, tensor in tensors.items() if not _finite(tensor)]
+    if broken:
+        raise BadLora(
+            f"{path.name} holds NaN or Inf in {len(broken)} of {len(tensors)} tensors. "
+            "The training diverged: try a lower learning rate, mixed_precision=bf16 or no_half_vae=true."
+        )
+    ranks = {tensors[f"{module}.lora_down.weight"]["shape"][0] for module in expected}
+    if not any(_nonzero(tensors[f"{module}.lora_up.weight"]) for module in expected):
+        raise BadLora(f"{path.name} is all zero: nothing was learned. Is the learning rate 0?")
+    return Lora(path, len(expected), max(ranks), path.stat().st_size)
+
+
+def modules(kind: Kind, *, unet: bool = True, text_encoders: bool = True) -> list[str]:
+    """The modules of a LoRA by networks.lora of sd-scripts v0.10.1: 264 for SD1.5, 986 for SDXL.
+
+    tests/data/lora_<kind>.json holds the same names as sd-scripts itself makes them.
+    """
+    names = []
+    if text_encoders:
+        for prefix, layers in (("te", 12),) if kind == "sd15" else (("te1", 12), ("te2", 32)):
+            blocks = [f"lora_{prefix}_text_model_encoder_layers_{layer}" for layer in range(layers)]
+            names += [f"{block}_{part}" for block in blocks for part in _TEXT_PARTS]
+    if unet:
+        depths = _SD15_ATTENTIONS if kind == "sd15" else _SDXL_ATTENTIONS
+        names += [
+            f"lora_unet_{name}_{part}" for name, depth in depths.items() for part in _attention_parts(depth)
+        ]
+    return names
+
+
+_TEXT_PARTS = (*(f"self_attn_{which}_proj" for which in ("q", "k", "v", "out")), "mlp_fc1", "mlp_fc2")
+_SD15_ATTENTIONS = {  # block → transformer blocks in it
+    **{f"down_blocks_{block}_attentions_{layer}": 1 for block in range(3) for layer in range(2)},
+    "mid_block_attentions_0": 1,
+    **{f"up_blocks_{block}_attentions_{layer}": 1 for block in range(1, 4) for layer in range(3)},
+}
+_SDXL_ATTENTIONS = {
+    "input_blocks_4_1": 2, "input_blocks_5_1": 2, "input_blocks_7_1": 10, "input_blocks_8_1": 10,
+    "middle_block_1": 10,
+    "output_blocks_0_1": 10, "output_blocks_1_1": 10, "output_blocks_2_1": 10,
+    "output_blocks_3_1": 2, "output_blocks_4_1": 2, "output_blocks_5_1": 2,
+}  # fmt: skip
+
+
+def _attention_parts(depth: int) -> list[str]:
+    """The LoRA modules of one attention block with `depth` transformer blocks."""
+    attention = [f"attn{number}_to_{which}" for number in (1, 2) for which in ("q", "k", "v", "out_0")]
+    inner = [f"transformer_blocks_{block}_{part}" for block in range(depth)
+             for part in (*attention, "ff_net_0_proj", "ff_net_2")]  # fmt: skip
+    return ["proj_in", "proj_out", *inner]
+
+
+def _tensors(names: set[str]) -> set[str]:
+    return {f"{name}{end}" for name in names for end in _ENDS}
+
+
+def _finite(tensor: Mapping[str, Any]) -> bool:
+    if tensor["dtype"] == "BF16":  # numpy has no bfloat16: NaN and Inf are those with all exponent bits set
+        return not bool(np.any(np.frombuffer(tensor["data"], np.uint16) & 0x7F80 == 0x7F80))
+    return bool(np.isfinite(np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]])).all())
+
+
+def _nonzero(tensor: Mapping[str, Any]) -> bool:
+    if tensor["dtype"] == "BF16":
+        return bool(np.any(np.frombuffer(tensor["data"], np.uint16) & 0x7FFF))
+    return bool(np.any(np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]])))
+
+
+_DTYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}

@@ -1,0 +1,45 @@
+"""What the job says: one plain line at a time, with every secret taken out.
+
+CloudWatch keeps one event a line, so a line is never redrawn. Everything that leaves the process as
+text (log, failure file, job.json, the merged configuration) goes through `redact`.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterable
+
+SECRET_OPTIONS = frozenset({"huggingface_token", "wandb_api_key"})  # sd-scripts' options that hold a secret
+_SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "WANDB_API_KEY")
+_PRESIGNED = re.compile(
+    r"(?i)([?&](?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId)=)[^&\s\"']+"
+)
+_secrets: set[str] = set()
+
+
+def hide(secrets: Iterable[str]) -> None:
+    """Never print these values again, wherever they turn up."""
+    _secrets.update(secret for secret in secrets if len(secret) >= 4)
+
+
+def redact(text: str) -> str:
+    """`text` with secrets, credentials and the signatures of presigned URLs replaced by ***."""
+    known = _secrets | {os.environ.get(name, "") for name in _SECRET_VARIABLES}
+    for secret in sorted(filter(None, known), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return _PRESIGNED.sub(r"\1***", text)
+
+
+def say(text: str) -> None:
+    """One line to stdout, at once."""
+    print(redact(text), flush=True)
+
+
+def warn(text: str) -> None:
+    """One line to stderr that a reader should act on."""
+    print(redact(f"WARNING: {text}"), file=sys.stderr, flush=True)
+
+
+def fail(text: str) -> None:
+    """One line to stderr: why the job ends badly."""
+    print(redact(f"ERROR: {text}"), file=sys.stderr, flush=True)

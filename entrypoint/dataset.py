@@ -1,0 +1,189 @@
+"""Looking at a data set, and making the tree that the trainer sees.
+
+sd-scripts reads folders named N_name, N being how often each picture is repeated in an epoch; a picture
+x.png has its caption in x.txt. Whatever does not fit it leaves out without an error
+(train_network.py:574-579 of v0.10.1: "No data found", exit 0), so it is all told here.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from kohya.problem import Problem
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # train_util.py:104
+FLAT_REPEATS = 10  # repeats for pictures that stand in no N_name folder
+_NUMBERED = re.compile(r"(\d+)_.*|(\d+)")  # `3` and `3_` are folders for sd-scripts too
+_NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and its caption, by their paths below the data set's root."""
+
+    path: str
+    caption: str | None
+
+
+@dataclass(frozen=True)
+class Subset:
+    """One folder as the trainer will see it, `N_name`."""
+
+    folder: str
+    repeats: int
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What will be trained on."""
+
+    subsets: tuple[Subset, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def pictures(self) -> int:
+        return sum(len(subset.pictures) for subset in self.subsets)
+
+    @property
+    def repeated(self) -> int:
+        """Pictures in one epoch, repeats counted."""
+        return sum(len(subset.pictures) * subset.repeats for subset in self.subsets)
+
+    @property
+    def files(self) -> list[str]:
+        """Every file that training needs, by its path below the root."""
+        named = (name for subset in self.subsets for picture in subset.pictures
+                 for name in (picture.path, picture.caption))  # fmt: skip
+        return [name for name in named if name is not None]
+
+
+def inspect(
+    sizes: Mapping[str, int],
+    where: str,
+    *,
+    caption_extension: str = ".txt",
+    allow_missing_captions: bool = False,
+) -> tuple[DataSet, list[Problem]]:
+    """The data set that a listing (path below the root → bytes) shows, and all that is wrong with it.
+
+    Pictures that all stand in the root are taken as one folder `10_<name>`, after the last part of `where`.
+    """
+    visible = {
+        path: size
+        for path, size in sizes.items()
+        if not any(part.startswith(".") for part in path.split("/"))
+    }
+    folders: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(visible):
+        if PurePosixPath(path).suffix.lower() in PICTURES:
+            folders[str(PurePosixPath(path).parent)].append(path)
+    problems: list[Problem] = []
+    notes: list[str] = []
+    subsets: list[Subset] = []
+    for folder, pictures in folders.items():
+        where_folder = where if folder == "." else f"{where.rstrip('/')}/{folder}"
+        numbered = _NUMBERED.fullmatch(folder)
+        if folder == "." and len(folders) == 1:
+            name = _plain(PurePosixPath(where).name)
+            repeats, trained = FLAT_REPEATS, f"{FLAT_REPEATS}_{name}"
+            notes.append(
+                f"{len(pictures)} pictures stand in no N_name folder and are taken as {trained}, each "
+                f"{FLAT_REPEATS} times an epoch; to choose, move them to a folder such as 5_{name}"
+            )
+        elif folder == ".":
+            wrong = f"{_some(pictures)} stand beside the folders, where sd-scripts does not look"
+            problems.append(Problem(where_folder, wrong, "Move them into an N_name folder such as 10_photo"))
+            continue
+        elif "/" in folder:
+            wrong = f"{_some(pictures)} stand too deep, where sd-scripts does not look"
+            problems.append(Problem(where_folder, wrong, f"Move them up to {folder.split('/')[0]}"))
+            continue
+        elif not numbered:
+            wrong = f"the folder's name does not say how often its {_count(pictures)} are repeated"
+            stem = re.sub(r"^\d+", "", folder) or folder
+            problems.append(Problem(where_folder, wrong, f"Rename it to 10_{stem} or another N_name"))
+            continue
+        elif (repeats := int(numbered[1] or numbered[2])) < 1:
+            problems.append(
+                Problem(where_folder, "its pictures are repeated 0 times", "Rename it to 1_name or more")
+            )
+            continue
+        else:
+            trained = folder
+        found, wrongs = _captions(pictures, visible, where_folder, caption_extension, allow_missing_captions)
+        problems += wrongs
+        subsets.append(Subset(trained, repeats, found))
+    if not folders:
+        seen = f"among its {_count(list(visible), 'file')}" if visible else "in it"
+        wrong = f"there is no picture ({', '.join(PICTURES)}) {seen}"
+        problems.append(
+            Problem(where, wrong, "Put pictures with captions into N_name folders such as 10_photo there")
+        )
+    return DataSet(tuple(subsets), tuple(notes)), problems
+
+
+def link(data_set: DataSet, sources: Mapping[str, Path], root: Path) -> Path:
+    """Make the trainer's tree under `root`: one folder a subset, links to the files in `sources`.
+
+    The data set itself is never written to: what the trainer leaves beside its pictures (latent caches)
+    lands in `root`. Endings come out in lower case, since sd-scripts does not see x.Jpg. Returns `root`.
+    """
+    for subset in data_set.subsets:
+        folder = root / subset.folder
+        folder.mkdir(parents=True)
+        for picture in subset.pictures:
+            stem = PurePosixPath(picture.path).stem
+            for path in filter(None, (picture.path, picture.caption)):
+                (folder / f"{stem}{PurePosixPath(path).suffix.lower()}").symlink_to(sources[path])
+    return root
+
+
+def _captions(
+    pictures: list[str], sizes: Mapping[str, int], where: str, extension: str, allow_missing: bool
+) -> tuple[tuple[Picture, ...], list[Problem]]:
+    """Each picture with its caption; what is wrong with the captions."""
+    by_lower = {path.lower(): path for path in sizes}
+    found = tuple(Picture(path, _caption(path, sizes, by_lower, extension)) for path in pictures)
+    problems = []
+    missing = [picture.path for picture in found if picture.caption is None]
+    if missing and not allow_missing:
+        wrong = f"{_some(missing)} of {len(pictures)} have no caption in a {extension} file of the same name"
+        fix = "Add the captions, or set allow_missing_captions=true to train those on the folder's name"
+        problems.append(Problem(where, wrong, fix))
+    empty = [
+        picture.caption for picture in found if picture.caption is not None and sizes[picture.caption] == 0
+    ]
+    if empty:
+        problems.append(
+            Problem(where, f"{_some(empty, 'caption')} are empty", "Write a caption, or delete the file")
+        )
+    stems = defaultdict(list)
+    for path in pictures:
+        stems[str(PurePosixPath(path).with_suffix("")).lower()].append(path)
+    if twins := [path for paths in stems.values() if len(paths) > 1 for path in paths]:
+        wrong = f"{_some(twins)} share their names, and so their caption"
+        problems.append(Problem(where, wrong, "Rename one of each"))
+    return found, problems
+
+
+def _caption(path: str, sizes: Mapping[str, int], by_lower: Mapping[str, str], extension: str) -> str | None:
+    name = str(PurePosixPath(path).with_suffix(extension))
+    return name if name in sizes else by_lower.get(name.lower())
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name).strip("_.") or "dataset"
+
+
+def _count(names: list[str], noun: str = "picture") -> str:
+    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'}"
+
+
+def _some(names: Iterable[str], noun: str = "picture") -> str:
+    """How many, and the first few by name: "4 pictures (a.png, b.png, c.png, …)"."""
+    listed = list(names)
+    shown = ", ".join(PurePosixPath(name).name for name in listed[:_NAMES_SHOWN])
+    return f"{_count(listed, noun)} ({shown}{', …' if len(listed) > _NAMES_SHOWN else ''})"

@@ -1,0 +1,248 @@
+"""The job: resolve → check → fetch → prepare → train → verify → publish. Nothing reaches back."""
+
+import errno
+import hashlib
+import os
+import signal
+import sys
+import tarfile
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from entrypoint import dataset, publish, trainer
+from entrypoint.check import File, Plan, check
+from entrypoint.checkpoint import Lora, verify_lora
+from entrypoint.console import fail, say, warn
+from entrypoint.contract import Tree
+from entrypoint.failures import BadLora, JobError, Problem, Stopped, StorageError, TrainerFailed, Unfit
+from entrypoint.record import Inputs, Job, Prepared
+from entrypoint.request import resolve
+from entrypoint.storage import RemoteObject, Storage
+from kohya import config, tokenizers
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a job to its end and return the exit code: 0 only if a verified LoRA exists."""
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
+    storage = Storage()
+    error: Exception | None = None
+    with tempfile.TemporaryDirectory(prefix="sagemaker-kohya-job-") as work:
+        job = Job(Tree.from_environment(), Path(work))
+        try:
+            with job.stage("resolve"):
+                job.request = resolve(arguments, job.tree, storage)
+            with job.stage("check"):
+                job.plan = check(job.request, job.tree, scratch(), storage)
+            with job.stage("fetch"):
+                job.inputs = fetch(job.plan, storage)
+            with job.stage("prepare"):
+                job.prepared = prepare(job.inputs, job.tree, job.work)
+            with job.stage("train"):
+                ended = train(job.prepared)
+            with job.stage("verify"):
+                job.loras = verify(job.prepared, ended)
+        except Exception as caught:  # a defect of ours must leave a failure file too
+            error = caught
+        _ignore_stops()  # there is nothing left to stop, and publishing must not be cut short
+        return finish(job, error, storage)
+
+
+def scratch() -> Path:
+    """Where inputs are fetched to. What is whole and verified there is not fetched again."""
+    return Path(tempfile.gettempdir()) / f"sagemaker-kohya-{os.getuid()}"
+
+
+def fetch(plan: Plan, storage: Storage) -> Inputs:
+    """S3 to disk. What is on disk already stays where it is, but a streamed model, which is copied once."""
+    _say_plan(plan)
+    root = scratch() / "inputs"
+    wanted: dict[str, RemoteObject] = {}
+
+    def local(file: File, name: str) -> Path:
+        if isinstance(file, Path):
+            return file
+        wanted[name] = file
+        return root / name
+
+    source = plan.model.file
+    name = source.name if isinstance(source, Path) else source.uri.name
+    model = local(source, f"{_folder_of(source)}/{name}")
+    folder = _folder_of(plan.request.dataset.location)
+    files = {name: local(file, f"{folder}/{name}") for name, file in plan.dataset_files.items()}
+    fetched = storage.fetch(wanted, root) if wanted else ()
+    if plan.model.streamed:
+        say(f"fetch: reading {model} once, in order")
+        publish.place({name: model}, root / _folder_of(model))
+        model = root / _folder_of(model) / name
+    return Inputs(plan, model, files, fetched)
+
+
+def prepare(inputs: Inputs, tree: Tree, work: Path) -> Prepared:
+    """The tree that the trainer sees, and the configuration that it reads."""
+    plan = inputs.plan
+    output, logs = work / "output", tree.tensorboard
+    output.mkdir()
+    logs.mkdir(parents=True, exist_ok=True)
+    owned = {
+        "pretrained_model_name_or_path": str(_unpacked(inputs, work)),
+        "train_data_dir": str(dataset.link(plan.dataset, inputs.dataset, work / "dataset")),
+        "output_dir": str(output),
+        "logging_dir": str(logs),
+        "tokenizer_cache_dir": str(tokenizers.folder()),
+    }
+    merged = config.own(plan.merged, owned)
+    if "output_name" not in merged.settings:
+        merged = config.own(merged, {"output_name": "lora"})
+    for note in merged.notes:
+        say(f"prepare: {note}")
+    config_file = work / "config.toml"
+    config_file.write_text(config.dump(merged.values), encoding="utf-8")
+    return Prepared(plan, merged, config_file, output, work / "trainer.log")
+
+
+def train(prepared: Prepared) -> trainer.Ended:
+    """Run the trainer to its end."""
+    command = [
+        sys.executable,
+        "-m",
+        "kohya.builtin",
+        prepared.plan.kind,
+        f"--config_file={prepared.config_file}",
+    ]
+    return trainer.run(command, {"HF_HUB_OFFLINE": "1"}, prepared.log)
+
+
+def verify(prepared: Prepared, ended: trainer.Ended) -> list[Lora]:
+    """Every LoRA that the trainer left, the last one among them; a bad one fails the job.
+
+    Raises TrainerFailed when there is no last LoRA, whatever the trainer's exit code.
+    """
+    final = prepared.output / f"{prepared.output_name}.safetensors"
+    how = f"ended with exit code {ended.code}"
+    if ended.code < 0:
+        how = f"was killed by {signal.Signals(-ended.code).name}"
+    if ended.code != 0 or not final.exists():
+        left = "" if final.exists() else f" and left no {final.name}"
+        raise TrainerFailed(
+            f"The trainer {how}{left}. Its last line: {ended.tail[-1] if ended.tail else 'none'}"
+        )
+    return [_verified(path, prepared) for path in sorted(prepared.output.glob("*.safetensors"))]
+
+
+def finish(job: Job, error: Exception | None, storage: Storage) -> int:
+    """Publish whatever there is, tell how the job ended, and return the exit code."""
+    exit_code, cause = _told(error)
+    if exit_code not in (0, Stopped.exit_code):
+        job.tree.write_failure(cause)  # before anything is sent: a slow upload must not cost the cause
+    if error is not None and job.prepared is not None:
+        job.loras = _good_ones(job.prepared)
+    try:
+        with job.stage("publish"):
+            publish.results(job, storage)
+    except (JobError, OSError) as fault:
+        unpublished = f"The results could not all be published: {fault}"
+        if kept := [lora.path.name for lora in job.loras if (job.tree.model / lora.path.name).exists()]:
+            unpublished += f" {', '.join(kept)} lies in {job.tree.model}."
+        if error is None:
+            error, exit_code, cause = fault, 1, unpublished
+            job.tree.write_failure(cause)
+        else:
+            warn(unpublished)
+    try:
+        publish.record(job, exit_code, cause, storage)
+    except (JobError, OSError) as fault:
+        warn(f"job.json could not be published: {fault}")
+    if isinstance(error, Unfit):
+        for problem in error.problems:
+            fail(str(problem))
+    elif isinstance(error, Stopped):
+        say(cause)
+    elif error is not None:
+        fail(cause)
+    else:
+        say(f"done: {', '.join(lora.path.name for lora in job.loras)} in {sum(job.seconds.values()):.1f} s")
+    return exit_code
+
+
+def _told(error: Exception | None) -> tuple[int, str]:
+    """The exit code, and how the job ended in a sentence that names the cause."""
+    if error is None:
+        return 0, ""
+    if isinstance(error, JobError):
+        return error.exit_code, str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return 1, f"The disk is full ({error.filename}). Give the job a larger volume (VolumeSizeInGB)."
+    traceback.print_exception(error, file=sys.stderr)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    at = f"{Path(place.filename).name} line {place.lineno}"
+    return 1, f"This is a defect of sagemaker-kohya: {type(error).__name__}: {error} ({at})."
+
+
+def _say_plan(plan: Plan) -> None:
+    for note in plan.dataset.notes:
+        say(f"check: {note}")
+    precision = plan.merged.settings["mixed_precision"]
+    say(
+        f"check: {plan.kind} base model, {plan.model.size / 1e9:.2f} GB; "
+        f"{plan.dataset.pictures} pictures, {plan.dataset.repeated} an epoch with repeats; "
+        f"trainer {plan.request.trainer}; mixed_precision {precision.value} ({precision.where})"
+    )
+
+
+def _verified(path: Path, prepared: Prepared) -> Lora:
+    values = prepared.merged.values
+    return verify_lora(
+        path,
+        prepared.plan.kind,
+        unet=not values.get("network_train_text_encoder_only"),
+        text_encoders=not values.get("network_train_unet_only"),
+    )
+
+
+def _good_ones(prepared: Prepared) -> list[Lora]:
+    """The LoRAs of a job that failed or was stopped that work all the same."""
+    good = []
+    for path in sorted(prepared.output.glob("*.safetensors")):
+        try:
+            good.append(_verified(path, prepared))
+        except BadLora as error:
+            warn(f"not published: {error}")
+    return good
+
+
+def _unpacked(inputs: Inputs, work: Path) -> Path:
+    """The base model as a .safetensors file, taken out of its tar if it is in one."""
+    member = inputs.plan.model.member
+    if member is None:
+        return inputs.model
+    target = work / "model.safetensors"
+    with tarfile.open(inputs.model, mode="r:") as archive, target.open("wb") as out:
+        inside = archive.extractfile(member)
+        if inside is None:
+            raise StorageError(
+                Problem(str(inputs.model), f"{member} is no file in the tar", "Upload it again")
+            )
+        while chunk := inside.read(1 << 24):
+            out.write(chunk)
+    return target
+
+
+def _folder_of(origin: File | object) -> str:
+    """A folder's name for what comes from one place: always the same, so that it is found there again."""
+    name = str(origin.uri) if isinstance(origin, RemoteObject) else str(origin)
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """On SIGTERM and Ctrl-C: stop once; more of them change nothing."""
+    _ignore_stops()
+    raise Stopped(f"The job was stopped ({signal.Signals(number).name}).")
+
+
+def _ignore_stops() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,81 @@
+"""A trainer's steps, turned into metric lines; on a terminal, into a progress bar."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from kohya.metrics import Start, Step
+from tqdm import tqdm
+
+from entrypoint.console import say
+
+SECONDS_BETWEEN_LINES = 1.0  # a fast trainer makes more steps than anyone reads, and CloudWatch bills lines
+
+
+class Progress:
+    """Takes the trainer's records as they come. One object a job; not thread-safe."""
+
+    def __init__(self, *, terminal: bool | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._terminal = sys.stdout.isatty() if terminal is None else terminal
+        self._clock = clock
+        self._start: Start | None = None
+        self._bar: tqdm[None] | None = None
+        self._first: tuple[float, int] | None = (
+            None  # when the first step of this run was done, and its number
+        )
+        self._told = -SECONDS_BETWEEN_LINES
+        self.last: Step | None = None
+
+    def take(self, record: Start | Step) -> None:
+        """Tell what a record says."""
+        if isinstance(record, Start):
+            self._start = record
+            if self._terminal:
+                self._bar = tqdm(total=record.steps, initial=record.step, unit="step", file=sys.stdout)
+            return
+        self.last = record
+        if self._first is None:
+            self._first = (self._clock(), record.step)
+        if self._start is None:
+            return
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{record.avg_loss:.4f}", refresh=False)
+            self._bar.update(record.step - self._bar.n)
+        elif self._clock() - self._told >= SECONDS_BETWEEN_LINES or record.step == self._start.steps:
+            self._told = self._clock()
+            say(self._line(self._start, record))
+
+    def close(self) -> None:
+        """End the progress bar, if there is one."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def write(self, text: str) -> None:
+        """Print a line that is no record, above the progress bar if there is one."""
+        if self._bar is None:
+            say(text)
+        else:
+            self._bar.clear()
+            say(text)
+            self._bar.refresh()
+
+    def _line(self, start: Start, step: Step) -> str:
+        rate = self._steps_per_second(step)
+        fields = {
+            "step": f"{step.step}/{start.steps}",
+            "epoch": f"{step.epoch}/{start.epochs}",
+            "loss": f"{step.loss:.4f}",
+            "avg_loss": f"{step.avg_loss:.4f}",
+            "lr": f"{step.lr.get('unet', next(iter(step.lr.values()), 0.0)):.1e}",
+            "images_per_s": f"{rate * start.images_per_step:.2f}" if rate is not None else None,
+            "eta_s": f"{(start.steps - step.step) / rate:.0f}" if rate is not None else None,
+        }
+        return " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
+
+    def _steps_per_second(self, step: Step) -> float | None:
+        """The mean speed since the first step, which itself is slower than the others; None until then."""
+        if self._first is None or step.step == self._first[1]:
+            return None
+        return (step.step - self._first[1]) / max(self._clock() - self._first[0], 1e-9)

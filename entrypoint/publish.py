@@ -1,0 +1,73 @@
+"""What goes where: the results in SageMaker's folders, and in S3 or a path where the job asks for it."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from entrypoint.console import SECRET_OPTIONS, redact
+from entrypoint.record import Job
+from entrypoint.request import Location
+from entrypoint.storage import Storage
+from kohya import config
+
+
+def results(job: Job, storage: Storage) -> None:
+    """LoRAs, the merged configuration and event logs, each where its reader expects it.
+
+    The configuration is written so that the job can be run again from it: without the job's own paths,
+    and without secrets. A job that ended before it was prepared has nothing to publish.
+    """
+    if job.prepared is None or job.request is None:
+        return
+    values = job.prepared.merged.values
+    kept = job.work / f"{job.prepared.output_name}.toml"
+    again = {name: value for name, value in values.items() if name not in config.OWNED | SECRET_OPTIONS}
+    kept.write_text(redact(config.dump(again)), encoding="utf-8")
+    loras = {lora.path.name: lora.path for lora in job.loras}
+    place({**loras, kept.name: kept}, job.tree.model)
+    if job.request.output is not None:
+        send(loras if job.request.flat else {**loras, kept.name: kept}, job.request.output, storage)
+    if job.request.logs is not None:
+        logs = event_logs(job.tree.tensorboard, job.started, flat=job.request.flat)
+        send(logs, job.request.logs, storage)
+
+
+def record(job: Job, exit_code: int, cause: str, storage: Storage) -> None:
+    """job.json, the last of all, beside the LoRA."""
+    file = job.work / "job.json"
+    told = json.dumps(job.as_json(exit_code, cause), indent=2, ensure_ascii=False)
+    file.write_text(redact(told) + "\n", encoding="utf-8")
+    place({file.name: file}, job.tree.model)
+    if job.request is not None and job.request.output is not None and not job.request.flat:
+        send({file.name: file}, job.request.output, storage)
+
+
+def place(files: Mapping[str, Path], folder: Path) -> None:
+    """Copy files into `folder` under the given names, each whole before it has its name."""
+    for name, source in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.part")
+        shutil.copyfile(source, part)
+        part.replace(target)
+
+
+def send(files: Mapping[str, Path], location: Location, storage: Storage) -> None:
+    """Copy files under the given names to a folder or an S3 prefix. Nothing there is ever deleted."""
+    if isinstance(location, Path):
+        place(files, location)
+    elif files:
+        storage.upload({source: location / name for name, source in files.items()})
+
+
+def event_logs(folder: Path, since: float, *, flat: bool) -> dict[str, Path]:
+    """The event logs under `folder` written since a time (seconds of the epoch), by the name to publish.
+
+    `flat`: ESD's page reads one file a job, and no folders. accelerate writes a second file, of the
+    hyperparameters, in a folder below the first one; the loss is in the first one.
+    """
+    found = [path for path in sorted(folder.rglob("events.out.tfevents.*")) if path.stat().st_mtime >= since]
+    if flat:
+        return {path.name: path for path in found if path.parent.name == "network_train"}
+    return {path.relative_to(folder).as_posix(): path for path in found}

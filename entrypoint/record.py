@@ -1,0 +1,122 @@
+"""What each stage hands to the next, and what is known of a job at any time: job.json."""
+
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from entrypoint import contract
+from entrypoint.check import Plan
+from entrypoint.checkpoint import Lora
+from entrypoint.contract import Tree
+from entrypoint.failures import Stopped
+from entrypoint.request import JobRequest
+from entrypoint.storage import Fetched
+from kohya.config import Merged
+
+_LIBRARIES = ("sagemaker-kohya", "torch", "diffusers", "transformers", "accelerate", "safetensors")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything on disk. `fetched` tells of each object how it was verified."""
+
+    plan: Plan
+    model: Path
+    dataset: Mapping[str, Path]  # by path below the data set's root
+    fetched: Sequence[Fetched]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The trainer's own tree, and its configuration."""
+
+    plan: Plan
+    merged: Merged
+    config_file: Path
+    output: Path  # scratch, never SageMaker's model folder: what is half written is not published
+    log: Path
+
+    @property
+    def output_name(self) -> str:
+        return str(self.merged.values["output_name"])
+
+
+@dataclass
+class Job:
+    """What is known so far. Publishing tells of it, whatever stage the job ended in."""
+
+    tree: Tree
+    work: Path  # this job's own scratch
+    started: float = field(default_factory=time.time)  # seconds of the epoch
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+    request: JobRequest | None = None
+    plan: Plan | None = None
+    inputs: Inputs | None = None
+    prepared: Prepared | None = None
+    loras: Sequence[Lora] = ()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage, whether it ends well or not."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(time.monotonic() - begun, 2)
+
+    def as_json(self, exit_code: int, cause: str) -> dict[str, Any]:
+        """The content of job.json: what came of what, with what, and how long each stage took."""
+        result = {0: "completed", Stopped.exit_code: "stopped"}.get(exit_code, "failed")
+        told: dict[str, Any] = {"result": result, "exit_code": exit_code, "cause": cause or None}
+        if name := contract.job_name():
+            told["job"] = name
+        if self.plan is not None:
+            told |= {
+                "kind": self.plan.kind,
+                "trainer": self.plan.request.trainer,
+                "gpu": self.plan.gpu.name if self.plan.gpu else None,
+                "dataset": {
+                    "pictures": self.plan.dataset.pictures,
+                    "with_repeats": self.plan.dataset.repeated,
+                },
+            }
+        if self.inputs is not None:
+            told["inputs"] = _inputs(self.inputs)
+        told["loras"] = [
+            {"name": lora.path.name, "bytes": lora.bytes, "rank": lora.rank, "modules": lora.modules}
+            for lora in self.loras
+        ]
+        told["seconds"] = self.seconds
+        told["versions"] = {"python": platform.python_version(), **_versions()}
+        return told
+
+
+def _inputs(inputs: Inputs) -> list[dict[str, Any]]:
+    """Every input with its size; with its checksum where it was fetched."""
+    fetched = [
+        {
+            "uri": str(item.source.uri),
+            "bytes": item.source.size,
+            "verified": item.verified,
+            "checksum": item.checksum,
+        }
+        for item in inputs.fetched
+    ]
+    files = (inputs.plan.model.file, *inputs.plan.dataset_files.values())
+    mounted = [path for path in files if isinstance(path, Path)]
+    return [*fetched, *({"path": str(path), "bytes": path.stat().st_size} for path in mounted)]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

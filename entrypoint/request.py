@@ -1,0 +1,317 @@
+"""What is asked for: one JobRequest, and the three ways to get one.
+
+1. SageMaker channels with hyperparameters;
+2. the single hyperparameter s3_location, a parameter JSON of stable-diffusion-aws-extension (ESD);
+3. URIs as hyperparameters, or as flags on the command line.
+
+After this no code asks where a value came from, but to name it in a message.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+
+from entrypoint import console
+from entrypoint.contract import CHANNELS, Channel, Tree
+from entrypoint.failures import Problem, Unfit, collecting
+from entrypoint.storage import S3Uri
+from kohya import config
+from kohya.config import Kind, Setting
+
+Trainer = Literal["sd-scripts", "builtin"]
+TRAINERS: tuple[Trainer, ...] = ("sd-scripts", "builtin")
+Location = S3Uri | Path
+_Choice = TypeVar("_Choice", bound=str)
+
+_SMALL = 1 << 20  # bytes; larger than any parameter JSON or TOML that a person writes
+_URIS = (*(f"{channel}_uri" for channel in CHANNELS), "output_uri", "logs_uri")
+_JOB = ("kind", "trainer", "allow_missing_captions", "s3_location", *_URIS)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input, and who named it. `streamed`: on disk, but cheap to read only once and in order."""
+
+    location: Location
+    where: str
+    streamed: bool = False
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """Everything that a job was asked to do."""
+
+    kind: Kind | None  # None: whatever the base model is
+    trainer: Trainer
+    model: Source
+    dataset: Source
+    config: Source | None
+    output: Location | None  # besides SageMaker's folders
+    logs: Location | None
+    flat: bool  # ESD reads `output` and `logs`: nothing but flat LoRAs, and one flat event file
+    allow_missing_captions: bool
+    layers: tuple[tuple[Setting, ...], ...]  # sd-scripts options above the TOML: hyperparameters, flags
+
+
+class Reader(Protocol):
+    """What resolving needs of the storage."""
+
+    def read(self, uri: S3Uri, *, limit: int) -> bytes: ...
+
+
+def resolve(arguments: Sequence[str], tree: Tree, storage: Reader) -> JobRequest:
+    """Find out what is asked. `arguments` are the flags: --name=value, --name value, or --name for true.
+
+    Raises Unfit with every problem that can be seen without looking at the inputs.
+    """
+    problems: list[Problem] = []
+    hyperparameters, wrong = tree.hyperparameters()
+    problems += wrong
+    channels, wrong = tree.channels()
+    problems += wrong
+    problems += tree.hosts()[1]
+    flags, wrong = _flags(arguments)
+    problems += wrong
+    named = [
+        *(
+            Setting(name, value, f"hyperparameter {name}", as_text=True)
+            for name, value in hyperparameters.items()
+        ),
+        *(Setting(name, value, f"flag --{name}", as_text=True) for name, value in flags.items()),
+    ]
+    console.hide(str(setting.value) for setting in named if setting.name in console.SECRET_OPTIONS)
+    asked = {setting.name: setting for setting in named if setting.name in _JOB and setting.value != ""}
+    problems += _unknown(named)
+
+    kind = _choice(asked["kind"], config.KINDS, config.KINDS[0], problems) if "kind" in asked else None
+    trainer = _choice(asked.get("trainer"), TRAINERS, "sd-scripts", problems)
+    allow_missing = _choice(asked.get("allow_missing_captions"), ("true", "false"), "false", problems)
+    places = None
+    with collecting(problems):
+        if "s3_location" in asked:
+            others = [asked[name].where for name in _URIS if name in asked]
+            others += [f"channel {name}" for name in channels]
+            told, fix = "s3_location says where everything is", "Remove one of the two"
+            problems += [Problem(where, told, fix) for where in others]
+            places = _from_esd(asked["s3_location"], kind, storage)
+        else:
+            places = _from_uris(asked, channels)
+    if problems or places is None:
+        raise Unfit(problems)
+    return JobRequest(
+        kind=places.kind or kind,
+        trainer=trainer,
+        model=places.model,
+        dataset=places.dataset,
+        config=places.config,
+        output=places.output,
+        logs=places.logs,
+        flat=places.flat,
+        allow_missing_captions=allow_missing == "true",
+        layers=tuple(
+            tuple(one for one in named if one.name not in _JOB and one.where.startswith(origin))
+            for origin in ("hyperparameter", "flag")
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where a job's inputs lie and its outputs go."""
+
+    kind: Kind | None
+    model: Source
+    dataset: Source
+    config: Source | None
+    output: Location | None
+    logs: Location | None
+    flat: bool
+
+
+def _from_uris(asked: Mapping[str, Setting], channels: Mapping[str, Channel]) -> _Places:
+    """Inputs from channels and `<channel>_uri`, outputs from `output_uri` and `logs_uri`. Raises Unfit."""
+    problems: list[Problem] = []
+    sources: dict[str, Source] = {}
+    outputs: dict[str, Location] = {}
+    for name in CHANNELS:
+        uri, channel = asked.get(f"{name}_uri"), channels.get(name)
+        if uri is not None and channel is not None:
+            wrong = f"there is also a channel {name}, and only one of the two can count"
+            problems.append(Problem(uri.where, wrong, "Remove one of them"))
+        elif uri is not None:
+            with collecting(problems):
+                sources[name] = Source(_location(uri), uri.where)
+        elif channel is not None:
+            sources[name] = Source(channel.path, f"channel {name}", channel.streamed)
+        elif name != "config":
+            wrong = f"there is neither a channel {name} nor a hyperparameter {name}_uri"
+            fix = f"Add a channel named {name}, or type --{name}_uri=s3://BUCKET/{name}"
+            problems.append(Problem(name, wrong, fix))
+    for name in ("output_uri", "logs_uri"):
+        if name in asked:
+            with collecting(problems):
+                outputs[name] = _location(asked[name])
+    if problems:
+        raise Unfit(problems)
+    return _Places(
+        kind=None,
+        model=sources["model"],
+        dataset=sources["dataset"],
+        config=sources.get("config"),
+        output=outputs.get("output_uri"),
+        logs=outputs.get("logs_uri"),
+        flat=False,
+    )
+
+
+class _Tagger(BaseModel):
+    enable_wd14_tagger: bool = False
+
+
+class _TrainingParameters(BaseModel):
+    fm_type: Literal["sd_1_5", "sd_xl"]
+    s3_model_path: str
+    s3_data_path: str
+    s3_toml_path: str
+
+
+class _Parameters(BaseModel):
+    training_params: _TrainingParameters
+    config_params: _Tagger = _Tagger()  # the WebUI puts the captioning flag here, the API one level up
+    enable_wd14_tagger: bool = False
+
+
+class EsdJob(BaseModel):
+    """The parameter JSON that ESD writes for a training job; keys that are not used are ignored.
+
+    Source: stable-diffusion-aws-extension 969a192c, middleware_api/trainings/create_training_job.py.
+    """
+
+    id: str = Field(pattern=r"^[\w-]+$")
+    training_type: str = Field(alias="training-type")
+    output: str = Field(alias="s3-output-path")
+    params: _Parameters
+
+
+def _from_esd(s3_location: Setting, kind: Kind | None, storage: Reader) -> _Places:
+    """Inputs and outputs from the parameter JSON at `s3_location`. Raises Unfit, StorageError."""
+    location = _location(s3_location)
+    where = f"{s3_location.where} → {location}"
+    job = _esd_job(location, where, storage)
+    parameters = job.params.training_params
+    told: Kind = "sd15" if parameters.fm_type == "sd_1_5" else "sdxl"
+    problems = []
+    if job.training_type != "kohya":
+        wrong = f"training-type is {job.training_type!r}, and only kohya is trained here"
+        problems.append(Problem(where, wrong, 'Write "training-type": "kohya"'))
+    if job.params.enable_wd14_tagger or job.params.config_params.enable_wd14_tagger:
+        wrong = "enable_wd14_tagger asks for captions, and this image holds no tagger"
+        problems.append(Problem(where, wrong, "Write the captions yourself, and set it to false"))
+    if kind not in (None, told):
+        wrong = f"fm_type is {parameters.fm_type}, and kind is {kind}"
+        problems.append(Problem(where, wrong, "Remove kind"))
+
+    found = {}
+    for key, uri in (
+        ("s3_model_path", parameters.s3_model_path),
+        ("s3_data_path", parameters.s3_data_path),
+        ("s3_toml_path", parameters.s3_toml_path),
+        ("s3-output-path", job.output),
+    ):
+        with collecting(problems):
+            found[key] = Source(_location(Setting(key, uri, f"{where}: {key}")), f"{where}: {key}")
+    if problems:
+        raise Unfit(problems)
+    toml = found["s3_toml_path"]
+    return _Places(
+        kind=told,
+        model=found["s3_model_path"],
+        dataset=found["s3_data_path"],
+        config=toml,
+        output=found["s3-output-path"].location,
+        logs=_esd_logs(toml.location, job.id),
+        flat=True,
+    )
+
+
+def _esd_job(location: Location, where: str, storage: Reader) -> EsdJob:
+    try:
+        text = location.read_bytes() if isinstance(location, Path) else storage.read(location, limit=_SMALL)
+        return EsdJob.model_validate(json.loads(text))
+    except OSError as error:
+        raise Unfit([Problem(where, f"it cannot be read ({error.strerror})", "Correct the path")]) from error
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}" for fault in error.errors()]
+        raise Unfit([Problem(where, fault, "Correct the parameter JSON") for fault in faults]) from error
+    except ValueError as error:
+        raise Unfit([Problem(where, f"it is not JSON ({error})", "Correct the parameter JSON")]) from error
+
+
+def _esd_logs(toml: Location, identity: str) -> Location:
+    """kohya/train/<id>/logs in the bucket of the TOML, which is kohya/train/<id>/input/….toml."""
+    if isinstance(toml, S3Uri):
+        return S3Uri(toml.bucket, f"kohya/train/{identity}/logs")
+    return toml.parent.parent / "logs"
+
+
+def _flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[Problem]]:
+    """Flags by name. Words that follow a flag are its value; several become a list."""
+    words: dict[str, list[str]] = {}
+    problems: list[Problem] = []
+    name = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            name = name.replace("-", "_")
+            words[name] = [value] if equals else []
+        elif name is None:
+            problems.append(Problem(f"argument {argument}", "it follows no flag", "Write --name=value"))
+        else:
+            words[name].append(argument)
+    return {
+        name: "true" if not values else values[0] if len(values) == 1 else json.dumps(values)
+        for name, values in words.items()
+    }, problems
+
+
+def _unknown(named: Sequence[Setting]) -> list[Problem]:
+    """Names that are neither the job's own nor sd-scripts'."""
+    known = {*_JOB, *config.options(), *config.ALIASES}
+    return [
+        Problem(
+            setting.where,
+            "there is no such hyperparameter or sd-scripts option",
+            config.nearest(setting.name, known),
+        )
+        for setting in named
+        if setting.name not in known
+    ]
+
+
+def _choice(
+    setting: Setting | None, choices: Sequence[_Choice], default: _Choice, problems: list[Problem]
+) -> _Choice:
+    """The choice that a setting names, in lower case."""
+    if setting is None:
+        return default
+    for choice in choices:
+        if str(setting.value).lower() == choice:
+            return choice
+    wrong = f"{setting.value!r} is not one of {', '.join(choices)}"
+    problems.append(Problem(setting.where, wrong, f"Write {setting.name}={choices[0]}"))
+    return default
+
+
+def _location(setting: Setting) -> Location:
+    """An S3 URI or a path. Raises Unfit for another scheme."""
+    text = str(setting.value)
+    if "://" not in text:
+        return Path(text).expanduser().absolute()
+    try:
+        return S3Uri.parse(text)
+    except ValueError as error:
+        raise Unfit([Problem(setting.where, str(error), f"Write {setting.name}=s3://BUCKET/KEY")]) from error

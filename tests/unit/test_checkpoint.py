@@ -1,0 +1,162 @@
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from demo import base_model
+from entrypoint import checkpoint
+from entrypoint.checkpoint import NotABaseModel, identify, modules, read_header, verify_lora
+from entrypoint.failures import BadLora
+from kohya.config import KINDS, Kind
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+def names_and_shapes(name: str) -> dict[str, list[int]]:
+    content: dict[str, list[int]] = json.loads((DATA / f"{name}.json").read_text())
+    return content
+
+
+def header(shapes: Mapping[str, list[int]]) -> dict[str, Any]:
+    return {name: {"dtype": "F16", "shape": shape} for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """The tensors of a narrow SD1.5 LoRA that works."""
+    rng = np.random.default_rng(0)
+    shapes = names_and_shapes("lora_sd15")
+    return {
+        name: rng.standard_normal([min(size, 8) for size in shape]).astype(np.float16)
+        if shape
+        else np.float16(1)
+        for name, shape in shapes.items()
+    }
+
+
+def saved(tensors: Mapping[str, np.ndarray], path: Path) -> Path:
+    save_file({name: np.asarray(tensor) for name, tensor in tensors.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_real_base_models_are_told_by_their_key_names(kind: Kind) -> None:
+    assert identify(header(names_and_shapes(f"base_{kind}"))) == kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_narrow_base_models_are_told_too(kind: Kind, tmp_path: Path) -> None:
+    path = base_model.write(tmp_path / "m.safetensors", kind)
+    with path.open("rb") as file:
+        assert identify(read_header(file, path.stat().st_size)) == kind
+
+
+@pytest.mark.parametrize(
+    ("shapes", "named"),
+    [
+        ({"lora_unet_mid_block.alpha": []}, "a LoRA"),
+        ({"double_blocks.0.img_attn.qkv.weight": [1]}, "a Flux model"),
+        ({"model.diffusion_model.joint_blocks.0.x": [1]}, "a Stable Diffusion 3 model"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": [320, 9, 3, 3], "cond_stage_model.transformer.x": [1]}, "inpainting"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": [320, 4, 3, 3], "cond_stage_model.model.x": [1]}, "Stable Diffusion 2"),
+        ({"conditioner.embedders.0.model.x": [1]}, "refiner"),
+        ({"encoder.conv_in.weight": [1]}, "a VAE"),
+        ({"text_model.embeddings.x": [1]}, "a text encoder"),
+        ({"down_blocks.0.x": [1]}, "diffusers"),
+        ({"strange.weight": [1]}, "its first tensor is strange.weight"),
+        ({}, "its first tensor is missing"),
+    ],
+)  # fmt: skip
+def test_other_models_are_named(shapes: dict[str, list[int]], named: str) -> None:
+    with pytest.raises(NotABaseModel, match=named):
+        identify(header(shapes))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"x", b"PK\x03\x04" + b"0" * 100, b"\xff" * 64, (5).to_bytes(8, "little") + b"[1,2]",
+     (2).to_bytes(8, "little") + b"{}" + b"more", (13).to_bytes(8, "little") + b'{"a": {"x":1}}'],
+)  # fmt: skip
+def test_what_is_no_safetensors_file_is_refused(content: bytes) -> None:
+    with pytest.raises(NotABaseModel):
+        read_header(io.BytesIO(content), len(content))
+
+
+def test_a_truncated_file_is_refused_from_its_header(tmp_path: Path) -> None:
+    path = saved({"a": np.zeros(1000, np.float32)}, tmp_path / "a.safetensors")
+    content = path.read_bytes()
+    with pytest.raises(NotABaseModel, match="cut off"):
+        read_header(io.BytesIO(content), len(content) - 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modules_are_those_that_sd_scripts_makes(kind: Kind) -> None:
+    assert set(modules(kind)) == {name.split(".")[0] for name in names_and_shapes(f"lora_{kind}")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_halves_of_a_lora_make_the_whole(kind: Kind) -> None:
+    unet, text = modules(kind, text_encoders=False), modules(kind, unet=False)
+    assert all(name.startswith("lora_unet_") for name in unet)
+    assert sorted(unet + text) == sorted(modules(kind))
+
+
+def test_a_lora_that_works_is_told_with_its_facts(lora: dict[str, np.ndarray], tmp_path: Path) -> None:
+    found = verify_lora(saved(lora, tmp_path / "x.safetensors"), "sd15")
+    assert (found.modules, found.rank, found.bytes) == (264, 4, found.path.stat().st_size)
+
+
+def test_a_lora_of_the_unet_alone_works_where_only_that_was_trained(
+    lora: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    unet = {name: tensor for name, tensor in lora.items() if name.startswith("lora_unet_")}
+    path = saved(unet, tmp_path / "x.safetensors")
+    assert verify_lora(path, "sd15", text_encoders=False).modules == 192
+    with pytest.raises(BadLora, match="lacks 72 of 264 modules"):
+        verify_lora(path, "sd15")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_one_nan_or_inf_is_enough(lora: dict[str, np.ndarray], tmp_path: Path, value: float) -> None:
+    name = "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"
+    broken = {**lora, name: lora[name].copy()}
+    broken[name].flat[-1] = value
+    with pytest.raises(BadLora, match="NaN or Inf in 1 of 792"):
+        verify_lora(saved(broken, tmp_path / "x.safetensors"), "sd15")
+
+
+def test_an_untrained_lora_is_refused(lora: dict[str, np.ndarray], tmp_path: Path) -> None:
+    zero = {name: np.zeros_like(tensor) if "lora_up" in name else tensor for name, tensor in lora.items()}
+    with pytest.raises(BadLora, match="all zero"):
+        verify_lora(saved(zero, tmp_path / "x.safetensors"), "sd15")
+
+
+def test_missing_and_foreign_keys_are_named(lora: dict[str, np.ndarray], tmp_path: Path) -> None:
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    without = {key: tensor for key, tensor in lora.items() if key != f"{name}.alpha"}
+    with pytest.raises(BadLora, match=f"lacks 1 tensors, {name}.alpha first"):
+        verify_lora(saved(without, tmp_path / "x.safetensors"), "sd15")
+    with pytest.raises(BadLora, match="a sd15 LoRA does not have"):
+        verify_lora(saved({**lora, "lora_te1_x.alpha": np.float16(1)}, tmp_path / "y.safetensors"), "sd15")
+
+
+def test_a_truncated_lora_does_not_open(lora: dict[str, np.ndarray], tmp_path: Path) -> None:
+    path = saved(lora, tmp_path / "x.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(BadLora, match="does not open"):
+        verify_lora(path, "sd15")
+
+
+@pytest.mark.parametrize(
+    ("bits", "broken"), [(0x7F80, True), (0x7FC1, True), (0xFF80, True), (0x3F80, False)]
+)
+def test_bfloat16_is_read_by_its_bits(bits: int, broken: bool) -> None:
+    tensor = {"dtype": "BF16", "shape": [2], "data": np.array([0, bits], np.uint16).tobytes()}
+    assert checkpoint._finite(tensor) is not broken
+    assert checkpoint._nonzero(tensor)
+    assert not checkpoint._nonzero({**tensor, "data": np.array([0, 0x8000], np.uint16).tobytes()})

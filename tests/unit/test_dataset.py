@@ -1,0 +1,115 @@
+from pathlib import Path
+
+import pytest
+
+from entrypoint.dataset import DataSet, inspect, link
+from kohya.problem import Problem
+
+
+def look(*paths: str, allow_missing_captions: bool = False) -> tuple[DataSet, list[Problem]]:
+    """The data set that a listing of files of 10 bytes shows."""
+    sizes = dict.fromkeys(paths, 10)
+    return inspect(sizes, "s3://b/cats", allow_missing_captions=allow_missing_captions)
+
+
+def told(*paths: str) -> str:
+    return " ".join(map(str, look(*paths)[1]))
+
+
+def test_folders_with_numbers_are_taken_as_they_are() -> None:
+    data_set, problems = look(
+        "10_cat/a.png", "10_cat/a.txt", "2_dog/b.JPG", "2_dog/b.txt", "3/c.webp", "3/c.txt"
+    )
+    assert problems == []
+    assert [(subset.folder, subset.repeats) for subset in data_set.subsets] == [
+        ("10_cat", 10),
+        ("2_dog", 2),
+        ("3", 3),
+    ]
+    assert (data_set.pictures, data_set.repeated) == (3, 15)
+    assert data_set.files == [
+        "10_cat/a.png",
+        "10_cat/a.txt",
+        "2_dog/b.JPG",
+        "2_dog/b.txt",
+        "3/c.webp",
+        "3/c.txt",
+    ]
+
+
+def test_a_flat_folder_is_wrapped_and_said() -> None:
+    data_set, problems = look("a.png", "a.txt")
+    assert problems == []
+    assert data_set.subsets[0].folder == "10_cats"
+    assert data_set.repeated == 10
+    assert "taken as 10_cats" in data_set.notes[0]
+
+
+@pytest.mark.parametrize("name", ["cat", "10cat", "_cat", "-1_cat"])
+def test_a_folder_that_sd_scripts_would_skip_is_named(name: str) -> None:
+    said = told(f"{name}/a.png", f"{name}/a.txt")
+    assert f"s3://b/cats/{name}: the folder's name does not say how often" in said
+
+
+def test_zero_repeats_are_refused() -> None:
+    assert "repeated 0 times" in told("0_cat/a.png", "0_cat/a.txt")
+
+
+def test_pictures_beside_and_below_the_folders_are_refused() -> None:
+    said = told("1_cat/a.png", "1_cat/a.txt", "b.png", "1_cat/more/c.png")
+    assert "1 picture (b.png) stand beside the folders" in said
+    assert "s3://b/cats/1_cat/more: 1 picture (c.png) stand too deep" in said
+
+
+def test_no_picture_at_all() -> None:
+    assert "there is no picture" in told()
+    assert "among its 2 files" in told("1_cat/a.gif", "1_cat/a.txt")
+
+
+def test_hidden_files_are_not_looked_at() -> None:
+    assert look("1_cat/a.png", "1_cat/a.txt", "1_cat/.b.png", ".trash/c.png", "1_cat/.DS_Store")[1] == []
+
+
+def test_missing_captions_are_counted_and_named_unless_allowed() -> None:
+    paths = ("1_cat/a.png", "1_cat/b.png", "1_cat/b.txt", "1_cat/c.png", "1_cat/d.png", "1_cat/e.png")
+    said = " ".join(map(str, look(*paths)[1]))
+    assert "4 pictures (a.png, c.png, d.png, …) of 5 have no caption in a .txt file" in said
+    assert "allow_missing_captions=true" in said
+    data_set, problems = look(*paths, allow_missing_captions=True)
+    assert problems == []
+    assert data_set.pictures == 5
+
+
+def test_captions_of_another_ending_are_missing() -> None:
+    assert "have no caption" in told("1_cat/a.png", "1_cat/a.caption")
+    sizes = {"1_cat/a.png": 10, "1_cat/a.caption": 10}
+    assert inspect(sizes, "x", caption_extension=".caption")[1] == []
+
+
+def test_an_empty_caption_is_refused() -> None:
+    problems = inspect({"1_cat/a.png": 10, "1_cat/a.txt": 0}, "x")[1]
+    assert "1 caption (a.txt) are empty" in str(problems[0])
+
+
+def test_two_pictures_that_share_a_caption_are_refused() -> None:
+    assert "2 pictures (a.jpg, a.png) share their names" in told("1_cat/a.png", "1_cat/a.jpg", "1_cat/a.txt")
+
+
+def test_the_tree_links_to_the_files_and_leaves_them_alone(tmp_path: Path) -> None:
+    source = tmp_path / "channel"
+    for name in ("a.JPG", "A.TXT", "b.png", "b.txt"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(name)
+    files = {path.name: path for path in source.iterdir()}
+    data_set, problems = inspect(dict.fromkeys(files, 5), "/data/My cats!")
+    assert problems == []
+    root = link(data_set, files, tmp_path / "tree")
+    made = {path.relative_to(root).as_posix(): path.read_text() for path in root.rglob("*.*")}
+    assert made == {
+        "10_My_cats/a.jpg": "a.JPG",
+        "10_My_cats/a.txt": "A.TXT",
+        "10_My_cats/b.png": "b.png",
+        "10_My_cats/b.txt": "b.txt",
+    }
+    (root / "10_My_cats" / "a.npz").write_text("cache")
+    assert sorted(path.name for path in source.iterdir()) == ["A.TXT", "a.JPG", "b.png", "b.txt"]

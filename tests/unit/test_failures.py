@@ -1,0 +1,28 @@
+import pytest
+
+from entrypoint.failures import JobError, Problem, StorageError, Unfit, collecting
+
+A = Problem("flag --seed", "it is not a number", "Write --seed=1")
+B = Problem("model", "it is missing", "Name it")
+
+
+def test_one_problem_is_told_as_it_is() -> None:
+    assert str(Unfit([A])) == "flag --seed: it is not a number. Write --seed=1."
+
+
+def test_several_problems_are_counted_and_told_together() -> None:
+    assert str(Unfit([A, B])) == f"2 problems: (1) {A} (2) {B}"
+
+
+def test_collecting_goes_on_after_a_problem() -> None:
+    problems: list[Problem] = []
+    with collecting(problems):
+        raise Unfit([A])
+    with collecting(problems):
+        raise StorageError(B)
+    assert problems == [A, B]
+
+
+def test_collecting_lets_other_errors_through() -> None:
+    with pytest.raises(JobError, match="broken"), collecting([]):
+        raise JobError("broken")

@@ -1,0 +1,71 @@
+import re
+
+import pytest
+
+from entrypoint.progress import Progress
+from kohya.metrics import Start, Step
+
+LINE = re.compile(
+    r"step=\d+/\d+ epoch=\d+/\d+ loss=\d+\.\d{4} avg_loss=\d+\.\d{4} lr=\d\.\de[+-]\d\d"
+    r"( images_per_s=\d+\.\d\d eta_s=\d+)?"
+)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def steps(progress: Progress, clock: Clock, count: int, seconds: float) -> None:
+    for number in range(1, count + 1):
+        clock.now += seconds
+        progress.take(Step(number, 1 + (number - 1) // 4, 0.5, 0.25, {"unet": 1e-4}))
+
+
+def test_a_metric_line_as_it_is_spelled(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    progress = Progress(terminal=False, clock=clock)
+    progress.take(Start(steps=8, epochs=2, images_per_step=3))
+    steps(progress, clock, 5, seconds=2.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "step=1/8 epoch=1/2 loss=0.5000 avg_loss=0.2500 lr=1.0e-04"
+    assert lines[-1] == (
+        "step=5/8 epoch=2/2 loss=0.5000 avg_loss=0.2500 lr=1.0e-04 images_per_s=1.50 eta_s=6"
+    )
+    assert all(LINE.fullmatch(line) for line in lines)
+
+
+def test_fast_steps_are_told_once_a_second_and_the_last_one_always(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clock = Clock()
+    progress = Progress(terminal=False, clock=clock)
+    progress.take(Start(steps=40, epochs=1, images_per_step=1))
+    steps(progress, clock, 40, seconds=0.25)
+    told = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert told == [f"step={number}/40" for number in (1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 40)]
+
+
+def test_a_run_that_goes_on_counts_its_own_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    progress = Progress(terminal=False, clock=clock)
+    progress.take(Start(steps=100, epochs=1, images_per_step=1, step=90))
+    for number in (91, 92):
+        clock.now += 1.0
+        progress.take(Step(number, 1, 0.5, 0.5, {"unet": 1e-4}))
+    assert "images_per_s=1.00 eta_s=8" in capsys.readouterr().out
+
+
+def test_a_terminal_gets_a_bar_instead_of_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    progress = Progress(terminal=True, clock=clock)
+    progress.take(Start(steps=4, epochs=1, images_per_step=1))
+    progress.write("epoch 1/1")
+    steps(progress, clock, 4, seconds=1.0)
+    progress.close()
+    out = capsys.readouterr().out
+    assert "step=" not in out
+    assert "4/4" in out
+    assert "epoch 1/1\n" in out

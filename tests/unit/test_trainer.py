@@ -1,0 +1,91 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from entrypoint import trainer
+from entrypoint.failures import Stopped
+
+
+def run(code: str, tmp_path: Path) -> trainer.Ended:
+    return trainer.run([sys.executable, "-c", code], {"GREETING": "hello"}, tmp_path / "log")
+
+
+def test_lines_steps_and_exit_code_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = """
+import os, sys
+from kohya.metrics import Start, Step, Writer
+print(os.environ["GREETING"])
+print("to stderr", file=sys.stderr)
+print("\\rbar 1\\rbar 2")
+writer = Writer()
+writer.write(Start(steps=1, epochs=1, images_per_step=1))
+writer.write(Step(1, 1, 0.5, 0.5, {"unet": 1e-4}))
+sys.exit(3)
+"""
+    ended = run(code, tmp_path)
+    assert ended == trainer.Ended(3, ("hello", "to stderr", "bar 2"))
+    assert (tmp_path / "log").read_text() == "hello\nto stderr\nbar 2\n"
+    out = capsys.readouterr().out
+    assert "step=1/1 epoch=1/1 loss=0.5000" in out
+    assert "hello\n" in out
+
+
+def test_a_killed_trainer_is_told_by_its_signal(tmp_path: Path) -> None:
+    assert run("import os; os.kill(os.getpid(), 9)", tmp_path).code == -signal.SIGKILL
+
+
+def test_workers_that_the_trainer_leaves_behind_are_ended(tmp_path: Path) -> None:
+    ended = run(
+        "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'],"
+        "stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid)",
+        tmp_path,
+    )
+    assert gone(int(ended.tail[0]))
+
+
+def test_a_stop_lets_the_trainer_save_and_reaches_its_workers(tmp_path: Path) -> None:
+    code = f"""
+import signal, subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+def stop(*_):
+    open({str(tmp_path / "saved")!r}, "w").write(str(worker.pid))
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+open({str(tmp_path / "ready")!r}, "w")
+time.sleep(600)
+"""
+
+    def on_alarm(*_: object) -> None:
+        raise Stopped("stopped")
+
+    def alarm_when_ready() -> None:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, on_alarm)
+    try:
+        threading.Thread(target=alarm_when_ready).start()
+        with pytest.raises(Stopped):
+            run(code, tmp_path)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert gone(int((tmp_path / "saved").read_text()))
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, or ends within a second."""
+    for _ in range(100):
+        state = subprocess.run(
+            ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False
+        ).stdout
+        if not state.strip() or state.startswith("Z"):
+            return True
+        time.sleep(0.01)
+    return False
