@@ -85,6 +85,10 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
         )
         problems += wrong
         files = {name: files[name] for name in data_set.files}
+    for place in (request.output, request.logs):
+        if isinstance(place, S3Uri):
+            with collecting(problems):
+                storage.check_writable(place)
     if model is not None and files is not None:
         problems += _disk(model, files, tree, scratch)
     if problems or model is None or kind is None or merged is None or files is None:
@@ -207,7 +211,8 @@ def _trainer(request: JobRequest, kind: Kind, merged: Merged, gpu: Gpu | None) -
         problems.append(Problem("trainer builtin", wrong, "Type: python -m kohya.tokenizers"))
     owned = dict.fromkeys(config.OWNED, "the job's")
     for name, wrong, fix in builtin_problems({**merged.values, **owned}, kind):
-        problems.append(Problem(merged.settings[name].where if name in merged.settings else name, wrong, fix))
+        where = merged.settings[name].where if name in merged.settings else "trainer builtin"
+        problems.append(Problem(where, f"{name}: {wrong}", fix))
     return problems
 
 

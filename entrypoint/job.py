@@ -122,14 +122,13 @@ def verify(prepared: Prepared, ended: trainer.Ended) -> list[Lora]:
     Raises TrainerFailed when there is no last LoRA, whatever the trainer's exit code.
     """
     final = prepared.output / f"{prepared.output_name}.safetensors"
-    how = f"ended with exit code {ended.code}"
-    if ended.code < 0:
-        how = f"was killed by {signal.Signals(-ended.code).name}"
     if ended.code != 0 or not final.exists():
+        last = ended.tail[-1].rstrip(".") if ended.tail else "It printed nothing"
         left = "" if final.exists() else f" and left no {final.name}"
-        raise TrainerFailed(
-            f"The trainer {how}{left}. Its last line: {ended.tail[-1] if ended.tail else 'none'}"
-        )
+        if ended.code < 0:
+            name = signal.Signals(-ended.code).name
+            raise TrainerFailed(f"The trainer was killed by {name}{left}. Its last line: {last}.")
+        raise TrainerFailed(f"{last}. (The trainer ended with exit code {ended.code}{left}.)")
     return [_verified(path, prepared) for path in sorted(prepared.output.glob("*.safetensors"))]
 
 

@@ -5,10 +5,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kohya.metrics import Start, Step
 from tqdm import tqdm
 
 from entrypoint.console import say
+from kohya.metrics import Start, Step
 
 SECONDS_BETWEEN_LINES = 1.0  # a fast trainer makes more steps than anyone reads, and CloudWatch bills lines
 
@@ -20,7 +20,7 @@ class Progress:
         self._terminal = sys.stdout.isatty() if terminal is None else terminal
         self._clock = clock
         self._start: Start | None = None
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
         self._first: tuple[float, int] | None = (
             None  # when the first step of this run was done, and its number
         )

@@ -14,6 +14,7 @@ from entrypoint.checkpoint import NotABaseModel, identify, modules, read_header,
 from entrypoint.failures import BadLora
 from kohya.config import KINDS, Kind
 
+UNET_IN = "model.diffusion_model.input_blocks.0.0.weight"
 DATA = Path(__file__).parents[1] / "data"
 
 
@@ -62,8 +63,8 @@ def test_narrow_base_models_are_told_too(kind: Kind, tmp_path: Path) -> None:
         ({"lora_unet_mid_block.alpha": []}, "a LoRA"),
         ({"double_blocks.0.img_attn.qkv.weight": [1]}, "a Flux model"),
         ({"model.diffusion_model.joint_blocks.0.x": [1]}, "a Stable Diffusion 3 model"),
-        ({"model.diffusion_model.input_blocks.0.0.weight": [320, 9, 3, 3], "cond_stage_model.transformer.x": [1]}, "inpainting"),
-        ({"model.diffusion_model.input_blocks.0.0.weight": [320, 4, 3, 3], "cond_stage_model.model.x": [1]}, "Stable Diffusion 2"),
+        ({UNET_IN: [320, 9, 3, 3], "cond_stage_model.transformer.x": [1]}, "inpainting"),
+        ({UNET_IN: [320, 4, 3, 3], "cond_stage_model.model.x": [1]}, "Stable Diffusion 2"),
         ({"conditioner.embedders.0.model.x": [1]}, "refiner"),
         ({"encoder.conv_in.weight": [1]}, "a VAE"),
         ({"text_model.embeddings.x": [1]}, "a text encoder"),

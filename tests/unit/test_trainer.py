@@ -42,7 +42,8 @@ def test_a_killed_trainer_is_told_by_its_signal(tmp_path: Path) -> None:
 
 def test_workers_that_the_trainer_leaves_behind_are_ended(tmp_path: Path) -> None:
     ended = run(
-        "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'],"
+        "import subprocess, sys;"
+        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'],"
         "stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid)",
         tmp_path,
     )

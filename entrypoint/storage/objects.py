@@ -1,0 +1,108 @@
+"""Objects in S3 by their names, and the paths on disk that keys map to."""
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from entrypoint import console
+from entrypoint.failures import Problem, StorageError
+
+FETCH_FOLDER = ".fetch"  # in the folder that is fetched to: unfinished files, and the record of finished ones
+
+
+@dataclass(frozen=True)
+class S3Uri:
+    """s3://bucket/key; a folder is a key too, with or without a slash at its end."""
+
+    bucket: str
+    key: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "S3Uri":
+        """Raises ValueError, with a sentence, for anything else than s3://bucket or s3://bucket/key."""
+        scheme, separator, rest = text.partition("://")
+        bucket, _, key = rest.partition("/")
+        if scheme != "s3" or not separator or not bucket or bucket != bucket.strip():
+            raise ValueError(f"{console.redact(text)!r} is no S3 URI; expected s3://bucket/key")
+        return cls(bucket, key)
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.key}"
+
+    def __truediv__(self, name: str) -> "S3Uri":
+        return S3Uri(self.bucket, f"{self.prefix}{name}")
+
+    @property
+    def name(self) -> str:
+        """The last segment of the key."""
+        return self.key.rstrip("/").rpartition("/")[2]
+
+    @property
+    def prefix(self) -> str:
+        """What the keys in this folder begin with. "cats/", so that "cats" is not "cats_512x512" as well."""
+        return self.key.rstrip("/") + "/" if self.key.strip("/") else ""
+
+
+@dataclass(frozen=True)
+class RemoteObject:
+    """An object as S3 lists it."""
+
+    uri: S3Uri
+    size: int  # bytes
+    etag: str  # without quotes; changes whenever the object does
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """An object that is on disk, whole and verified."""
+
+    source: RemoteObject  # as fetched: newer than asked for, if it was replaced meanwhile
+    path: Path
+    verified: str  # crc64nvme, crc32c, crc32, sha256, sha1, md5; or size, where S3 holds no checksum
+    checksum: str  # as S3 states it: base64, hexadecimal for md5, "" for size
+    seconds: float
+    reused: bool = False  # it was there already
+
+
+def safe_relative(uri: S3Uri, folder: S3Uri) -> str:
+    """The path below a folder that one of its objects maps to. Raises StorageError for one that leaves it."""
+    if uri.bucket != folder.bucket or not uri.key.startswith(folder.prefix):
+        raise ValueError(f"{uri} is not below {folder}")
+    relative = uri.key[len(folder.prefix) :]
+    if reason := unsafe(relative):
+        raise refused(uri, reason)
+    return relative
+
+
+_DEVICE = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
+
+
+def unsafe(relative: str) -> str | None:
+    """Why a path must not be made below a folder; None for one that may be."""
+    segments = relative.split("/")
+    reasons = {
+        "holds a control character": any(ord(letter) < 32 or ord(letter) == 127 for letter in relative),
+        "holds a backslash, which some systems read as a folder": "\\" in relative,
+        "holds an empty name between slashes": "" in segments,
+        "leads out of its folder": ".." in segments or "." in segments,
+        "begins with a drive": re.match("[A-Za-z]:", relative) is not None,
+        "ends a name with a dot or a space": any(name != name.rstrip(". ") for name in segments),
+        "is the name of a device on Windows": any(_DEVICE.fullmatch(name) for name in segments),
+        "holds a name of more than 255 bytes": any(len(name.encode()) > 255 for name in segments),
+        f"begins with {FETCH_FOLDER}, which this job needs itself": segments[0] == FETCH_FOLDER,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def refused(uri: S3Uri, reason: str) -> StorageError:
+    where = repr(str(uri))[1:-1]  # shows a control character as what it is
+    return StorageError(
+        Problem(where, f"the key {reason}", "Rename the object, or take it out of the folder")
+    )
+
+
+def clashes(paths: Collection[str]) -> Iterator[str]:
+    """The paths that are a file by one key and a folder by another."""
+    folders = {str(parent) for path in paths for parent in PurePosixPath(path).parents}
+    return (path for path in paths if path in folders)

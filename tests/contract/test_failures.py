@@ -1,0 +1,245 @@
+"""Jobs that cannot succeed end at once, with the right exit code and a failure file to act on."""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from entrypoint.storage import S3Uri
+from kohya.config import Kind
+from tests.harness import TINY, Job, Result
+from tests.s3 import S3Server
+
+SECONDS = 20  # from process start to exit, on a machine that is busy with other tests
+
+
+def assert_refused(job: Job, result: Result, *said: str) -> None:
+    """Exit 2, a failure file within SageMaker's limit that says all of it, and the same in the log."""
+    assert result.code == 2, result.out + result.err
+    assert job.failure is not None
+    assert len(job.failure.encode()) <= 980
+    for text in said:
+        assert text in job.failure
+        assert text in result.err
+    assert "Traceback" not in result.err
+    assert "step=" not in result.out
+    assert not list(job.model.glob("*.safetensors"))
+
+
+@pytest.fixture
+def ready(job: Job, base_models: dict[Kind, Path], pictures: Path) -> Job:
+    """A job by channels that would succeed."""
+    job.mount("model", base_models["sd15"])
+    job.mount("dataset", pictures)
+    job.configure("hyperparameters", TINY)
+    return job
+
+
+def test_nothing_given(job: Job) -> None:
+    result = job.run()
+    assert_refused(
+        job,
+        result,
+        "model: there is neither a channel model nor a hyperparameter model_uri",
+        "--dataset_uri=s3://BUCKET/dataset",
+    )
+    assert job.failure is not None
+    assert job.failure.startswith("2 problems: (1) model: ")
+
+
+def test_three_mistakes_are_told_in_one_report_within_seconds(ready: Job, tmp_path: Path) -> None:
+    ready.configure("hyperparameters", {**TINY, "mixed_precision": "fp17", "train_batch_size": "none"})
+    (tmp_path / "job.toml").write_text("[a]\nsave_precision = 'half'\n")
+    started = time.monotonic()
+    result = ready.run(f"--config_uri={tmp_path / 'job.toml'}")
+    assert time.monotonic() - started < SECONDS
+    assert_refused(
+        ready,
+        result,
+        'hyperparameter mixed_precision: mixed_precision = "fp17" is not one of no, fp16, bf16',
+        'hyperparameter train_batch_size: train_batch_size = "none" is not a whole number',
+        f"{tmp_path / 'job.toml'} line 2: save_precision",
+    )
+
+
+def test_a_mistyped_name_is_told_with_the_nearest_one(ready: Job) -> None:
+    result = ready.run("--netwrok_dim=8")
+    assert_refused(ready, result, "flag --netwrok_dim: there is no such", "Did you mean network_dim")
+
+
+def test_missing_model_in_s3(job: Job, s3: S3Server, bucket: S3Uri, pictures: Path) -> None:
+    job.environment |= s3.environment
+    s3.client().put_object(Bucket=bucket.bucket, Key="models/sd15.safetensors", Body=b"x")
+    job.mount("dataset", pictures)
+    result = job.run("--trainer=builtin", f"--model_uri={bucket / 'models/sd51.safetensors'}")
+    assert_refused(job, result, f"{bucket / 'models/sd51.safetensors'}", "sd15.safetensors")
+
+
+def test_missing_model_on_disk(job: Job, pictures: Path) -> None:
+    job.mount("dataset", pictures)
+    result = job.run("--trainer=builtin", "--model_uri=/nowhere/sd15.safetensors")
+    assert_refused(
+        job, result, "flag --model_uri: /nowhere/sd15.safetensors: there is no such file or folder"
+    )
+
+
+def test_wrong_bucket(job: Job, s3: S3Server, base_models: dict[Kind, Path]) -> None:
+    job.environment |= s3.environment
+    job.mount("model", base_models["sd15"])
+    result = job.run("--trainer=builtin", "--dataset_uri=s3://no-such-bucket-of-ours/cats")
+    assert_refused(job, result, "s3://no-such-bucket-of-ours")
+
+
+def test_wrong_output_bucket_is_found_before_training(ready: Job, s3: S3Server) -> None:
+    ready.environment |= s3.environment
+    assert_refused(
+        ready, ready.run("--output_uri=s3://no-such-bucket-of-ours/out"), "s3://no-such-bucket-of-ours"
+    )
+
+
+def test_no_credentials(ready: Job) -> None:
+    ready.environment |= {"HOME": "/nowhere", "AWS_REGION": "us-east-1"}
+    assert_refused(ready, ready.run("--output_uri=s3://some-bucket/out"), "credentials")
+
+
+def test_empty_data_set(ready: Job, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (ready.tree / "input/data/dataset").unlink()
+    ready.mount("dataset", tmp_path / "empty")
+    assert_refused(ready, ready.run(), "there is no picture", "N_name")
+
+
+def test_folders_and_captions_that_would_be_ignored(ready: Job, tmp_path: Path, pictures: Path) -> None:
+    shutil.copytree(pictures / "2_shape", tmp_path / "data" / "shape")
+    (tmp_path / "data" / "shape" / "0.txt").unlink()
+    (ready.tree / "input/data/dataset").unlink()
+    folder = ready.mount("dataset", tmp_path / "data")
+    assert_refused(
+        ready, ready.run(), f"{folder}/shape: the folder's name does not say how often", "10_shape"
+    )
+    (tmp_path / "data" / "shape").rename(tmp_path / "data" / "10_shape")
+    assert_refused(
+        ready, ready.run(), "1 picture (0.png) of 4 have no caption", "allow_missing_captions=true"
+    )
+
+
+def test_model_of_another_kind(ready: Job, tmp_path: Path) -> None:
+    assert_refused(ready, ready.run("--kind=sdxl"), "it is an sd15 model, and the job asks for sdxl")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lora", "it is a LoRA"),
+        ("cut", "cut off or damaged"),
+        ("text", "not a safetensors file"),
+        ("old.ckpt", "a pickle"),
+    ],
+)
+def test_what_is_no_base_model(ready: Job, tmp_path: Path, name: str, said: str) -> None:
+    file = tmp_path / (name if "." in name else f"{name}.safetensors")
+    if name == "lora":
+        save_file({"lora_unet_x.alpha": np.zeros(1, np.float32)}, file)
+    elif name == "cut":
+        save_file({"a": np.zeros(100, np.float32)}, file)
+        os.truncate(file, file.stat().st_size - 1)
+    else:
+        file.write_text("words " * 100)
+    (ready.tree / "input/data/model/sd15.safetensors").unlink()
+    ready.tree.joinpath("input/data/model", file.name).symlink_to(file)
+    assert_refused(ready, ready.run(), f"channel model: {ready.tree}/input/data/model/{file.name}", said)
+
+
+def test_two_hosts_and_pipe_mode(ready: Job) -> None:
+    ready.configure("resourceconfig", {"hosts": ["algo-1", "algo-2"]})
+    ready.configure("inputdataconfig", {"dataset": {"TrainingInputMode": "Pipe"}})
+    assert_refused(ready, ready.run(), "InstanceCount to 1", "Pipe mode")
+
+
+def test_sd_scripts_is_never_replaced_in_silence(ready: Job) -> None:
+    assert_refused(
+        ready, ready.run("--trainer=sd-scripts"), "sd-scripts is not in this environment", "--trainer=builtin"
+    )
+
+
+def test_builtin_refuses_what_it_does_not_have_by_name(ready: Job) -> None:
+    assert_refused(ready, ready.run("--optimizer_type=Prodigy", "--flip_aug"), "Prodigy", "flag --flip_aug")
+
+
+def test_s3_location_beside_uris(ready: Job) -> None:
+    result = ready.run("--s3_location=/tmp/none.json", "--output_uri=/tmp/x")
+    assert_refused(ready, result, "flag --output_uri: s3_location says where everything is")
+
+
+def test_esd_captions_without_a_tagger(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(
+        '{"id": "1", "training-type": "kohya", "s3-output-path": "/x", "params": {"enable_wd14_tagger": true,'
+        '"training_params": {"fm_type": "sd_1_5", "s3_model_path": "/m", "s3_data_path": "/d",'
+        '"s3_toml_path": "/t"}}}'
+    )
+    assert_refused(
+        job, job.run(f"--s3_location={tmp_path / 'p.json'}"), "enable_wd14_tagger asks for captions"
+    )
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 100 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if made.returncode:
+        pytest.skip("making a small disk needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_full_disk_is_seen_before_the_fetch(ready: Job, small_disk: Path) -> None:
+    ready.environment["TMPDIR"] = str(small_disk)
+    assert_refused(ready, ready.run(), str(small_disk), "0.1 GB are free", "VolumeSizeInGB")
+
+
+def test_a_picture_that_cannot_be_read_fails_the_job(ready: Job, tmp_path: Path, pictures: Path) -> None:
+    shutil.copytree(pictures / "2_shape", tmp_path / "data" / "2_shape")
+    (tmp_path / "data" / "2_shape" / "1.png").write_bytes(b"no picture")
+    (ready.tree / "input/data/dataset").unlink()
+    ready.mount("dataset", tmp_path / "data")
+    result = ready.run()
+    assert result.code == 1
+    assert ready.failure is not None
+    assert "1.png" in ready.failure
+    assert ready.record["result"] == "failed"
+
+
+def test_a_training_that_diverges_is_no_success(ready: Job) -> None:
+    result = ready.run("--unet_lr=1e10", "--text_encoder_lr=1e10", "--max_train_epochs=20")
+    assert result.code == 1
+    assert ready.failure is not None
+    assert ready.failure.startswith("The loss was not a number for 10 steps in a row")
+    assert "shape.safetensors" not in {path.name for path in ready.model.iterdir()}
+
+
+def test_a_lora_that_learned_nothing_is_no_success(ready: Job) -> None:
+    result = ready.run("--unet_lr=0", "--network_train_unet_only", "--max_train_epochs=1")
+    assert result.code in (1, 2)
+    assert ready.failure is not None
+    assert not list(ready.model.glob("*.safetensors"))
+
+
+def test_secrets_do_not_reach_log_record_or_failure(ready: Job) -> None:
+    ready.configure(
+        "hyperparameters", {**TINY, "huggingface_token": "hf_verysecret", "wandb_api_key": "wb_verysecret"}
+    )
+    result = ready.run("--seed=hf_verysecret")
+    assert result.code == 2
+    everything = result.out + result.err + (ready.failure or "") + (ready.model / "job.json").read_text()
+    assert "seed" in everything
+    assert "verysecret" not in everything

@@ -1,0 +1,159 @@
+"""The job as a process, in a SageMaker tree made by a test."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+METRIC = re.compile(
+    r"step=(\d+)/(\d+) epoch=\d+/\d+ loss=\d+\.\d{4} avg_loss=\d+\.\d{4} lr=\d\.\de[+-]\d\d"
+    r"( images_per_s=\d+\.\d\d eta_s=\d+)?"
+)
+
+# What makes a job on a narrow model take seconds. All values are strings, as SageMaker sends them.
+TINY: Mapping[str, str] = {
+    "trainer": "builtin",
+    "resolution": "64,64",
+    "enable_bucket": "false",
+    "train_batch_size": "2",
+    "network_dim": "4",
+    "network_alpha": "4",
+    "max_train_epochs": "2",
+    "save_every_n_epochs": "1",
+    "unet_lr": "1e-3",
+    "output_name": "shape",
+    "gradient_checkpointing": "false",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a job ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.splitlines()
+
+
+class Job:
+    """A job in a folder of its own: its tree, and the process that runs in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tree = folder / "ml"
+        self.scratch = folder / "tmp"
+        self.scratch.mkdir()
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "SM_"))},
+            "SAGEMAKER_BASE_DIR": str(self.tree),
+            "TMPDIR": str(self.scratch),
+            "OMP_NUM_THREADS": "1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def model(self) -> Path:
+        return self.tree / "model"
+
+    @property
+    def failure(self) -> str | None:
+        """What SageMaker would show as FailureReason; None without a failure file."""
+        file = self.tree / "output" / "failure"
+        return file.read_text() if file.exists() else None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.model / "job.json").read_text())
+        return content
+
+    @property
+    def events(self) -> list[Path]:
+        return sorted((self.tree / "output" / "tensorboard").rglob("events.out.tfevents.*"))
+
+    def configure(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write one of SageMaker's JSON files, such as hyperparameters."""
+        folder = self.tree / "input" / "config"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+    def mount(self, channel: str, content: Path) -> Path:
+        """Make a channel of a file or folder."""
+        folder = self.tree / "input" / "data" / channel
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if content.is_dir():
+            folder.symlink_to(content)
+        else:
+            folder.mkdir()
+            (folder / content.name).symlink_to(content)
+        return folder
+
+    def start(self, *flags: str) -> "subprocess.Popen[str]":
+        """Start `train` as SageMaker does."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "entrypoint", "train", *flags],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        return self._process
+
+    def run(self, *flags: str, timeout: float = 240) -> Result:
+        """Run `train` to its end."""
+        process = self.start(*flags)
+        out, err = process.communicate(timeout=timeout)
+        return Result(process.returncode, out, err)
+
+    def run_until(self, text: str, number: int, *flags: str, timeout: float = 240) -> Result:
+        """Run `train`, send a signal when a line holds `text`, and wait for its end."""
+        process = self.start(*flags)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        killer = threading.Timer(timeout, process.kill)
+        killer.start()
+        try:
+            seen = []
+            for line in process.stdout:
+                seen.append(line)
+                if text in line:
+                    process.send_signal(number)
+                    break
+            rest, err = process.communicate()
+        finally:
+            killer.cancel()
+        return Result(process.returncode, "".join(seen) + rest, err)
+
+    def end(self) -> None:
+        """Leave nothing running."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            self._process.wait(120)
+
+
+def write_dataset(folder: Path, *, side: int = 96) -> Path:
+    """Four pictures of coloured shapes with captions, in `2_shape` below `folder`; returns `folder`."""
+    rng = np.random.default_rng(0)
+    subset = folder / "2_shape"
+    subset.mkdir(parents=True)
+    for number, colour in enumerate(("red", "green", "blue", "grey")):
+        pixels = rng.integers(0, 60, (side, side, 3), np.uint8)
+        channels = slice(None) if colour == "grey" else number
+        pixels[side // 4 : -side // 4, side // 4 : -side // 4, channels] += 150
+        Image.fromarray(pixels).save(subset / f"{number}.png")
+        (subset / f"{number}.txt").write_text(f"a {colour} square, noise")
+    return folder
