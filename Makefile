@@ -21,7 +21,7 @@ help: ## List these targets
 
 env: $(READY) ## Make the Python environment in .venv
 
-$(READY): pyproject.toml Makefile
+$(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --editable '.[train,demo,test]'
 	$(VENV)/bin/pip install --quiet --no-deps $(VOCABULARY)
@@ -33,7 +33,7 @@ demo: $(READY) ## Run the main job on this machine: S3 in, LoRA out [KIND TRAINE
 		$(if $(MODEL),--model $(MODEL)) $(if $(DATASET),--dataset $(DATASET))
 
 test: $(READY) ## Run all tests [TEST_S3_ENDPOINT: an S3 server to use instead of moto's]
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(READY) ## Check style and types
 	$(VENV)/bin/ruff check .
