@@ -1,5 +1,6 @@
 """A trainer's steps, turned into metric lines; on a terminal, into a progress bar."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from tqdm import tqdm
 from entrypoint.console import say
 from kohya.metrics import Start, Step
 
+NAN_STEPS = 10  # in a row, after which nothing good can come
 SECONDS_BETWEEN_LINES = 1.0  # a fast trainer makes more steps than anyone reads, and CloudWatch bills lines
 
 
@@ -21,11 +23,19 @@ class Progress:
         self._clock = clock
         self._start: Start | None = None
         self._bar: tqdm[Any] | None = None
-        self._first: tuple[float, int] | None = (
-            None  # when the first step of this run was done, and its number
-        )
+        self._first: tuple[float, int] | None = None  # when this run's first step was done, and its number
         self._told = -SECONDS_BETWEEN_LINES
-        self.last: Step | None = None
+        self._nan_steps = 0
+
+    @property
+    def alarm(self) -> str | None:
+        """Why the training should be ended now, if it should."""
+        if self._nan_steps < NAN_STEPS:
+            return None
+        return (
+            f"The loss was not a number for {NAN_STEPS} steps in a row. Try a lower learning rate, "
+            "mixed_precision=bf16, or no_half_vae=true where the VAE makes NaN in fp16."
+        )
 
     def take(self, record: Start | Step) -> None:
         """Tell what a record says."""
@@ -34,7 +44,7 @@ class Progress:
             if self._terminal:
                 self._bar = tqdm(total=record.steps, initial=record.step, unit="step", file=sys.stdout)
             return
-        self.last = record
+        self._nan_steps = 0 if math.isfinite(record.loss) else self._nan_steps + 1
         if self._first is None:
             self._first = (self._clock(), record.step)
         if self._start is None:

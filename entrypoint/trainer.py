@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from entrypoint.console import redact, say
+from entrypoint.diagnosis import diagnose
 from entrypoint.failures import Stopped
 from entrypoint.progress import Progress
 from kohya import metrics
@@ -21,17 +22,19 @@ _TAIL_LINES = 40
 
 @dataclass(frozen=True)
 class Ended:
-    """How the trainer ended: its exit code (negative: a signal), and its last lines."""
+    """How the trainer ended: its exit code (negative: a signal), its last lines, the cause if it is known."""
 
     code: int
     tail: tuple[str, ...]
+    cause: str | None = None
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Ended:
     """Run `command` to its end; print its lines and its steps, and keep its lines in `log`.
 
-    It is a process group of its own, so that a stop reaches its workers too. When Stopped is raised here
-    (SIGTERM), the group gets SIGTERM and STOP_SECONDS to save a state, then SIGKILL; Stopped goes on.
+    When Stopped is raised here (SIGTERM), the trainer gets SIGTERM and STOP_SECONDS to save a state. Its
+    loader workers do not: without them it could not end its step. Whatever is left of its process group at
+    the end is killed.
     """
     read_end, write_end = os.pipe()
     progress = Progress()
@@ -47,7 +50,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> En
     )
     os.close(write_end)
     listeners = (
-        threading.Thread(target=_take_records, args=(read_end, progress), daemon=True),
+        threading.Thread(target=_take_records, args=(child, read_end, progress), daemon=True),
         threading.Thread(target=_take_lines, args=(child, log, progress, tail), daemon=True),
     )
     for listener in listeners:
@@ -56,30 +59,29 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> En
         child.wait()
     except Stopped:
         say(f"train: asked the trainer to stop; it has {STOP_SECONDS} s to save a state")
-        _end_group(child, signal.SIGTERM)
+        child.terminate()
         try:
             child.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             say("train: the trainer did not stop and is killed")
         raise
     finally:
-        _end_group(child, signal.SIGKILL)  # whatever is left of the group: loader workers
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
         child.wait()
         for listener in listeners:
             listener.join(timeout=10)
         progress.close()
-    return Ended(child.returncode, tuple(tail))
+    cause = progress.alarm or (diagnose(child.returncode, tail) if child.returncode else None)
+    return Ended(child.returncode, tuple(tail), cause)
 
 
-def _end_group(child: "subprocess.Popen[bytes]", number: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, number)
-
-
-def _take_records(read_end: int, progress: Progress) -> None:
+def _take_records(child: "subprocess.Popen[bytes]", read_end: int, progress: Progress) -> None:
     with os.fdopen(read_end, encoding="utf-8") as pipe:
         for record in metrics.read(pipe):
             progress.take(record)
+            if progress.alarm:
+                child.kill()
 
 
 def _take_lines(child: "subprocess.Popen[bytes]", log: Path, progress: Progress, tail: deque[str]) -> None:

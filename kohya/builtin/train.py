@@ -29,7 +29,6 @@ _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "
 OutOfMemoryError = torch.OutOfMemoryError
 _say = partial(print, flush=True)
 _SECONDS_BETWEEN_LINES = 10
-_NAN_STEPS = 10  # in a row, after which nothing good can come
 
 
 class TrainingError(BuiltinError):
@@ -143,7 +142,6 @@ class _Run:
         logs = Path(options.logging_dir or "", f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}")
         self.events = SummaryWriter(str(logs / "network_train")) if options.logging_dir else None
         self.at = state.Position(fingerprint=self._fingerprint())
-        self.nan_steps = 0
 
     def resume(self, at: state.Position, tensors: dict[str, torch.Tensor], parts: dict[str, Any]) -> None:
         """Go on where the state was taken. Raises StateError where it belongs to another run."""
@@ -212,10 +210,6 @@ class _Run:
         loss_of_step = sum(losses) / len(losses)
         rates = self._rates()
         self.metrics.write(metrics.Step(at.current_step, at.current_epoch, loss_of_step, at.average, rates))
-        self.nan_steps = 0 if math.isfinite(loss_of_step) else self.nan_steps + 1
-        if self.nan_steps >= _NAN_STEPS:
-            where = f"for {_NAN_STEPS} steps in a row, up to step {at.current_step}"
-            raise TrainingError(f"The loss was not a number {where}; lower learning_rate.")
 
     def _update(self) -> None:
         if self.options.max_grad_norm:

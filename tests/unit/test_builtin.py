@@ -302,12 +302,6 @@ def test_a_model_of_the_other_kind_is_refused(inputs: Mapping[str, str], tmp_pat
         model.load_base_model(cut, "sd15")
 
 
-def test_ten_steps_of_nan_end_the_run(inputs: Mapping[str, str], tmp_path: Path) -> None:
-    config = configuration(inputs, "sd15", tmp_path, "plain", learning_rate=1e30, max_train_steps=100, **TINY)
-    with pytest.raises(train.TrainingError, match=r"not a number for 10 steps in a row, up to step 1[0-3]"):
-        run(config, "sd15")
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_bf16_trains(kind: Kind, inputs: Mapping[str, str], tmp_path: Path) -> None:
     changes = {"mixed_precision": "bf16", "max_train_steps": 1}

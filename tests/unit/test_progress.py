@@ -1,3 +1,4 @@
+import math
 import re
 
 import pytest
@@ -69,3 +70,14 @@ def test_a_terminal_gets_a_bar_instead_of_lines(capsys: pytest.CaptureFixture[st
     assert "step=" not in out
     assert "4/4" in out
     assert "epoch 1/1\n" in out
+
+
+def test_ten_steps_of_nan_in_a_row_raise_the_alarm_and_fewer_do_not() -> None:
+    progress = Progress(terminal=False)
+    progress.take(Start(steps=100, epochs=1, images_per_step=1))
+    for number, loss in enumerate([math.nan] * 9 + [0.5] + [math.nan] * 9, 1):
+        progress.take(Step(number, 1, loss, 0.5, {"unet": 1e-4}))
+        assert progress.alarm is None
+    progress.take(Step(20, 1, math.inf, 0.5, {"unet": 1e-4}))
+    assert progress.alarm is not None
+    assert "not a number for 10 steps in a row" in progress.alarm

@@ -40,6 +40,21 @@ def test_a_killed_trainer_is_told_by_its_signal(tmp_path: Path) -> None:
     assert run("import os; os.kill(os.getpid(), 9)", tmp_path).code == -signal.SIGKILL
 
 
+def test_a_training_that_diverges_is_ended(tmp_path: Path) -> None:
+    code = """
+import time
+from kohya.metrics import Start, Step, Writer
+writer = Writer()
+writer.write(Start(steps=100, epochs=1, images_per_step=1))
+for number in range(10):
+    writer.write(Step(number + 1, 1, float("nan"), 0.5, {"unet": 1e-4}))
+time.sleep(600)
+"""
+    ended = run(code, tmp_path)
+    assert ended.cause is not None
+    assert ended.cause.startswith("The loss was not a number for 10 steps in a row.")
+
+
 def test_workers_that_the_trainer_leaves_behind_are_ended(tmp_path: Path) -> None:
     ended = run(
         "import subprocess, sys;"

@@ -1,0 +1,45 @@
+"""What a trainer died of, told from its exit code and its last lines, with the way out."""
+
+import re
+import signal
+from collections.abc import Iterable
+
+_CAUSES = (  # what the last lines hold; what it means, and the way out
+    (
+        r"CUDA out of memory|torch\.OutOfMemoryError|CUDA error: out of memory|The GPU has too little memory",
+        "The GPU ran out of memory. Set gradient_checkpointing=true, a smaller train_batch_size, network_dim "
+        "or resolution, or take an instance with a larger GPU.",
+    ),
+    (
+        r"No space left on device|Disk quota exceeded",
+        "The disk is full. Give the job a larger volume (VolumeSizeInGB), or save fewer LoRAs.",
+    ),
+    (
+        r"Bus error|unable to open shared memory object|unable to mmap \d+ bytes",
+        "/dev/shm is too small for the loader's workers. Set max_data_loader_n_workers=0, or start the "
+        "container with --shm-size=1g.",
+    ),
+    (
+        r"driver on your system is too old|CUDA driver version is insufficient|on non supported HW",
+        "The GPU's driver is too old for this CUDA. Use a newer driver, or an image for an older CUDA.",
+    ),
+    (
+        r"No module named '(\w+)",
+        "{0} is not installed where the trainer runs. Install it there, or do without it.",
+    ),
+    (r"No data found", "The trainer found no pictures."),
+)
+
+
+def diagnose(code: int, tail: Iterable[str]) -> str | None:
+    """The cause of the end of a trainer with a `code` that is not 0 (negative: a signal); None if unknown."""
+    text = "\n".join(tail)
+    for pattern, cause in _CAUSES:
+        if found := re.search(pattern, text):
+            return cause.format(*found.groups())
+    if code == -signal.SIGKILL:
+        return (
+            "The trainer was killed, most likely because the machine ran out of memory. "
+            "Take an instance with more of it, or set max_data_loader_n_workers=0."
+        )
+    return None

@@ -1,0 +1,36 @@
+import pytest
+
+from entrypoint.diagnosis import diagnose
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to",
+            "The GPU ran out of memory",
+        ),
+        ("OSError: [Errno 28] No space left on device: '/x'", "The disk is full"),
+        ("RuntimeError: DataLoader worker (pid 7) is killed by signal: Bus error.", "/dev/shm is too small"),
+        (
+            "RuntimeError: The NVIDIA driver on your system is too old",
+            "driver is too old",
+        ),
+        ("ModuleNotFoundError: No module named 'bitsandbytes.nn'", "bitsandbytes is not installed"),
+        ("No data found. Please verify arguments", "found no pictures"),
+    ],
+)
+def test_known_ends_are_told_with_the_way_out(line: str, said: str) -> None:
+    told = diagnose(1, ["steps:  3%", line, "  File x, line 1"])
+    assert told is not None
+    assert said in told
+
+
+def test_sigkill_without_a_word_is_most_likely_memory() -> None:
+    assert "ran out of memory" in str(diagnose(-9, ["step 4"]))
+    assert "The disk is full" in str(diagnose(-9, ["No space left on device"]))
+
+
+def test_what_is_not_known_is_not_guessed() -> None:
+    assert diagnose(1, ["ValueError: strange"]) is None
+    assert diagnose(-15, []) is None
