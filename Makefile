@@ -10,13 +10,16 @@ OUT ?= demo-out
 
 # The vocabulary of CLIP's tokenizers is taken from this wheel; the package itself is never imported.
 VOCABULARY := open_clip_torch==3.3.0
+SD_SCRIPTS := .sd-scripts
+SD_SCRIPTS_TAG = $(shell awk -F '"' '/^TAG = / {print $$2}' kohya/sd_scripts.py)
+SD_SCRIPTS_COMMIT = $(shell awk -F '"' '/^COMMIT = / {print $$2}' kohya/sd_scripts.py)
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format clean
+.PHONY: help env demo sd-scripts options test test-sd-scripts lint format clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  e.g. make demo KIND=sdxl, make demo MODEL=model.safetensors DATASET=pictures/"
 
 env: $(READY) ## Make the Python environment in .venv
@@ -32,8 +35,26 @@ demo: $(READY) ## Run the main job on this machine: S3 in, LoRA out [KIND TRAINE
 	$(VENV)/bin/python -m demo --kind $(KIND) --trainer $(TRAINER) --out $(OUT) \
 		$(if $(MODEL),--model $(MODEL)) $(if $(DATASET),--dataset $(DATASET))
 
+sd-scripts: $(SD_SCRIPTS)/.ready ## Get the pinned sd-scripts, with an environment of its own, into .sd-scripts
+
+$(SD_SCRIPTS)/.ready: kohya/sd_scripts.py
+	rm -rf $(SD_SCRIPTS)
+	git clone --quiet --depth 1 --branch $(SD_SCRIPTS_TAG) https://github.com/kohya-ss/sd-scripts $(SD_SCRIPTS)/checkout
+	test "$$(git -C $(SD_SCRIPTS)/checkout rev-parse HEAD)" = $(SD_SCRIPTS_COMMIT)
+	$(PYTHON) -m venv $(SD_SCRIPTS)/venv
+	cd $(SD_SCRIPTS)/checkout && ../venv/bin/pip install --quiet torch torchvision -r requirements.txt
+	@touch $@
+
+options: $(READY) ## Write kohya/options.json from the pinned sd-scripts
+	$(VENV)/bin/python -c 'from kohya import sd_scripts as s; f = s.find(); print(f.python, "-m kohya.options", f.folder)' \
+		| sh >$(VENV)/options.json
+	mv $(VENV)/options.json kohya/options.json
+
+test-sd-scripts: $(READY) ## Run the tests that need sd-scripts [SD_SCRIPTS_DIR SD_SCRIPTS_PYTHON]
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/sd_scripts
+
 test: $(READY) ## Run all tests [TEST_S3_ENDPOINT: an S3 server to use instead of moto's]
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal --ignore tests/sd_scripts
 
 lint: $(READY) ## Check style and types
 	$(VENV)/bin/ruff check .
@@ -45,4 +66,4 @@ format: $(READY) ## Put the code into the style that lint checks
 	$(VENV)/bin/ruff format .
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) $(OUT) *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SD_SCRIPTS) $(OUT) *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -91,7 +91,7 @@ def _demo(asked: argparse.Namespace) -> "Proof":
         step.done(f"SageMaker's tree in {tree}; {chosen.why}")
 
         print("\n$ python -m entrypoint train", flush=True)
-        _job(tree, one_thread=chosen.narrow)
+        _job(tree, narrow=chosen.narrow)
         print()
         step.done("the job, exit code 0")
 
@@ -199,13 +199,16 @@ def _tree(base: Path, hyperparameters: dict[str, str]) -> Path:
     return base
 
 
-def _job(tree: Path, *, one_thread: bool) -> None:
+def _job(tree: Path, *, narrow: bool) -> None:
     """Run the job as a child, its output on this terminal. However this ends, the job has ended too."""
     scratch = tree.with_name("scratch")  # of its own: what an earlier demo fetched would not be fetched again
     scratch.mkdir()
     environ = {**os.environ, "SAGEMAKER_BASE_DIR": str(tree), "TMPDIR": str(scratch)}
-    if one_thread:  # several threads only wait for each other on matrices this small
-        environ["OMP_NUM_THREADS"] = "1"
+    if narrow:
+        environ["OMP_NUM_THREADS"] = "1"  # several threads only wait for each other on matrices this small
+        environ["PYTHONPATH"] = str(
+            Path(__file__).with_name("narrow")
+        )  # sd-scripts knows the real widths only
     # In a session of its own: Ctrl-C arrives here, and the job gets SIGTERM, as SageMaker stops a job.
     root = Path(__file__).parent.parent
     command = [sys.executable, "-m", "entrypoint", "train"]

@@ -2,9 +2,11 @@
 
 import importlib.util
 import io
+import os
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +20,14 @@ from entrypoint.dataset import DataSet
 from entrypoint.failures import Problem, Unfit, collecting
 from entrypoint.request import JobRequest, Source
 from entrypoint.storage import RemoteObject, S3Uri, Storage, safe_relative
-from kohya import config, tokenizers
+from kohya import config, sd_scripts, tokenizers
 from kohya.builtin.options import problems as builtin_problems
 from kohya.config import Kind, Merged, Setting
+from kohya.sd_scripts import SdScripts
 
 OUTPUT_BYTES = 1_000_000_000  # room for LoRAs, event logs and the trainer's own files
+LONGEST_TMPDIR = 50  # characters, to which the job's and the workers' own folders are added
+SHARED_MEMORY = 1 << 30  # bytes in /dev/shm, with which loader workers get on
 _TOML_BYTES = 1 << 20
 _MODEL_ENDINGS = (".safetensors", ".tar", ".ckpt")
 _ESD_TAGGER = "enable_wd14_tagger"  # ESD's WebUI leaves its captioning flag in the TOML
@@ -60,21 +65,23 @@ class Plan:
     dataset_files: Mapping[str, File]  # by path below the data set's root
     merged: Merged
     gpu: Gpu | None
+    sd_scripts: SdScripts | None  # None: the built-in trainer
 
 
 def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> Plan:
     """Look at everything that was named, without fetching it. Raises Unfit with every problem found."""
     problems: list[Problem] = []
-    model, merged, files = None, None, None
+    model, merged, files, scripts = None, None, None, None
     kind, toml, gpu = request.kind, [], find_gpu()
     with collecting(problems):
         model, kind = _model(request, storage)
     with collecting(problems):
         toml = _toml(request, storage)
     if kind is not None:
-        merged = config.merge(kind, [config.preset(kind), _precision(gpu), toml, *request.layers])
+        merged = config.merge(kind, [config.preset(kind), _machine(gpu), toml, *request.layers])
         problems += merged.problems
-        problems += _trainer(request, kind, merged, gpu)
+        scripts, merged, wrong = _trainer(request, kind, merged, gpu)
+        problems += wrong
     with collecting(problems):
         files = _files(request.dataset, storage)
         data_set, wrong = dataset.inspect(
@@ -93,7 +100,7 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
         problems += _disk(model, files, tree, scratch)
     if problems or model is None or kind is None or merged is None or files is None:
         raise Unfit(problems)
-    return Plan(request, kind, model, data_set, files, merged, gpu)
+    return Plan(request, kind, model, data_set, files, merged, gpu, scripts)
 
 
 def find_gpu() -> Gpu | None:
@@ -174,17 +181,31 @@ def _toml(request: JobRequest, storage: Storage) -> list[Setting]:
     return list(settings)
 
 
-def _precision(gpu: Gpu | None) -> Sequence[Setting]:
-    """The precision that suits this machine: bf16 from compute capability 8.0, fp16 below, none on a CPU."""
-    if gpu is None:
-        return (Setting("mixed_precision", "no", "this machine has no GPU"),)
+def _machine(gpu: Gpu | None) -> Sequence[Setting]:
+    """What suits this machine: bf16 from compute capability 8.0, fp16 below, none on a CPU; and workers."""
+    precision = "no" if gpu is None else "bf16" if gpu.capability >= 8 else "fp16"
+    where = f"this machine's {gpu.name}" if gpu else "this machine has no GPU"
     return (
-        Setting("mixed_precision", "bf16" if gpu.capability >= 8 else "fp16", f"this machine's {gpu.name}"),
+        Setting("mixed_precision", precision, where),
+        Setting("max_data_loader_n_workers", _workers(), "this machine's cores and /dev/shm"),
     )
 
 
-def _trainer(request: JobRequest, kind: Kind, merged: Merged, gpu: Gpu | None) -> list[Problem]:
-    """What the trainer lacks, and what it does not do."""
+def _workers() -> int:
+    """How many processes may load pictures; 0 where they would die or hang, and the trainer does it itself.
+
+    They hand pictures over in /dev/shm, of which Docker gives 64 MB, and talk through sockets in TMPDIR,
+    whose paths have at most 107 characters (unix(7)).
+    """
+    shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
+    fits = shared >= SHARED_MEMORY and len(tempfile.gettempdir()) <= LONGEST_TMPDIR
+    return min(8, os.cpu_count() or 1) if fits else 0
+
+
+def _trainer(
+    request: JobRequest, kind: Kind, merged: Merged, gpu: Gpu | None
+) -> tuple[SdScripts | None, Merged, list[Problem]]:
+    """The trainer, the configuration that suits it, and what it lacks or does not do."""
     precision = merged.settings["mixed_precision"]
     problems = []
     if precision.value == "fp16" and gpu is None:
@@ -193,27 +214,51 @@ def _trainer(request: JobRequest, kind: Kind, merged: Merged, gpu: Gpu | None) -
     if precision.value == "bf16" and gpu is not None and gpu.capability < 8:
         wrong = f"mixed_precision = bf16 does not run on a {gpu.name}"
         problems.append(Problem(precision.where, wrong, "Write mixed_precision=fp16"))
-    if request.trainer == "sd-scripts":
-        wrong = "sd-scripts is not in this environment"
-        return [
-            *problems,
-            Problem(
-                "trainer sd-scripts",
-                wrong,
-                "To train with the small built-in trainer, type --trainer=builtin",
-            ),
-        ]
+    if not (tokenizers.folder() / tokenizers.CLIP_L / tokenizers.FILES[0]).exists():
+        wrong = f"the CLIP tokenizers are not in {tokenizers.folder()}"
+        problems.append(Problem(f"trainer {request.trainer}", wrong, "Type: python -m kohya.tokenizers"))
+    if request.trainer == "builtin":
+        return None, merged, [*problems, *_builtin(kind, merged)]
+    try:
+        found = sd_scripts.find()
+    except sd_scripts.MissingSdScripts as error:
+        fix = "Type make sd-scripts, or set SD_SCRIPTS_DIR, or take the small trainer: --trainer=builtin"
+        return None, merged, [*problems, Problem("trainer sd-scripts", str(error), fix)]
+    merged, wrongs = _sd_scripts(found, kind, merged, gpu)
+    return found, merged, [*problems, *wrongs]
+
+
+def _builtin(kind: Kind, merged: Merged) -> list[Problem]:
+    """What the built-in trainer lacks, and the options that it does not have."""
+    problems = []
     if absent := [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]:
         wrong = f"{', '.join(absent)} cannot be imported here"
         problems.append(Problem("trainer builtin", wrong, "Type: pip install 'sagemaker-kohya[train]'"))
-    if not (tokenizers.folder() / tokenizers.CLIP_L / tokenizers.FILES[0]).exists():
-        wrong = f"the CLIP tokenizers are not in {tokenizers.folder()}"
-        problems.append(Problem("trainer builtin", wrong, "Type: python -m kohya.tokenizers"))
     owned = dict.fromkeys(config.OWNED, "the job's")
     for name, wrong, fix in builtin_problems({**merged.values, **owned}, kind):
         where = merged.settings[name].where if name in merged.settings else "trainer builtin"
         problems.append(Problem(where, f"{name}: {wrong}", fix))
     return problems
+
+
+def _sd_scripts(
+    found: SdScripts, kind: Kind, merged: Merged, gpu: Gpu | None
+) -> tuple[Merged, list[Problem]]:
+    """The configuration as sd-scripts runs it, and what its Python lacks."""
+    values, problems = merged.values, []
+    wanted = {"xformers": "xformers"} if values.get("xformers") else {}
+    if "8bit" in str(values.get("optimizer_type", "")).lower():
+        wanted["bitsandbytes"] = "optimizer_type"
+    for module in found.lacks([*_LIBRARIES, *wanted]):
+        if module == "xformers":
+            merged = config.change(merged, {"xformers": False, "sdpa": True}, "xformers is not installed")
+        else:
+            where = merged.settings[wanted[module]].where if module in wanted else "trainer sd-scripts"
+            wrong = f"{module} cannot be imported by {found.python}"
+            problems.append(Problem(where, wrong, f"Type: {found.python} -m pip install {module}"))
+    if kind == "sdxl" and values["mixed_precision"] == "fp16" and not values.get("no_half_vae"):
+        merged = config.change(merged, {"no_half_vae": True}, "SDXL's VAE makes NaN in fp16")
+    return config.change(merged, {"console_log_simple": True}, "the job"), problems
 
 
 def _files(source: Source, storage: Storage) -> dict[str, File]:

@@ -5,6 +5,7 @@ little-endian; the header, JSON, tensor name → dtype, shape, data_offsets; the
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,26 +103,27 @@ class Lora:
     bytes: int
 
 
-def verify_lora(path: Path, kind: Kind, *, unet: bool = True, text_encoders: bool = True) -> Lora:
+def verify_lora(
+    path: Path, kind: Kind, *, unet: bool = True, text_encoders: bool = True, plain: bool = True
+) -> Lora:
     """Read the whole LoRA and return its facts.
 
-    It counts when it opens, has an alpha, a lora_down and a lora_up for each module that `kind` must
-    have, holds no NaN or Inf, and is not all zero. Raises BadLora with the reason.
+    It counts when it opens, has the keys that it must have, holds no NaN or Inf, and is not all zero.
+    `plain`: made by networks.lora without network_args, which decides all its keys; of another network only
+    the beginnings of the names are known. Raises BadLora with the reason.
     """
     try:
         tensors = dict(safetensors.deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
     except (OSError, safetensors.SafetensorError) as error:  # type: ignore[attr-defined]
         raise BadLora(f"{path.name} does not open as safetensors: {error}.") from error
     expected = set(modules(kind, unet=unet, text_encoders=text_encoders))
-    names = {name.removesuffix(end) for name in tensors for end in _ENDS if name.endswith(end)}
-    if missing := sorted(expected - names):
-        raise BadLora(f"{path.name} lacks {len(missing)} of {len(expected)} modules, {missing[0]} first.")
-    if unknown := sorted(names - expected) or sorted(set(tensors) - _tensors(expected)):
-        raise BadLora(
-            f"{path.name} has {len(unknown)} keys that a {kind} LoRA does not have, {unknown[0]} first."
-        )
-    if absent := sorted(_tensors(expected) - set(tensors)):
-        raise BadLora(f"{path.name} lacks {len(absent)} tensors, {absent[0]} first.")
+    found = {name.split(".")[0] for name in tensors}
+    if plain:
+        _compare(path.name, kind, set(tensors), expected)
+    elif missing := {name.split("_")[1] for name in expected} - {
+        name.split("_")[1] for name in found if "_" in name
+    }:
+        raise BadLora(f"{path.name} has no key that begins with lora_{min(missing)}_.")
     if odd := sorted({tensor["dtype"] for tensor in tensors.values()} - {*_DTYPES, "BF16"}):
         raise BadLora(f"{path.name} holds numbers of type {odd[0]}, which no program loads as a LoRA.")
     broken = [name for name, tensor in tensors.items() if not _finite(tensor)]
@@ -130,10 +132,28 @@ def verify_lora(path: Path, kind: Kind, *, unet: bool = True, text_encoders: boo
             f"{path.name} holds NaN or Inf in {len(broken)} of {len(tensors)} tensors. "
             "The training diverged: try a lower learning rate, mixed_precision=bf16 or no_half_vae=true."
         )
-    ranks = {tensors[f"{module}.lora_down.weight"]["shape"][0] for module in expected}
-    if not any(_nonzero(tensors[f"{module}.lora_up.weight"]) for module in expected):
+    # What starts at zero, whatever the network: lora_up, LoHa's w2_b and LoKr's w2.
+    trained = [name for name in tensors if re.search(r"lora_up|hada_w2_b|lokr_w2|\.diff$", name)]
+    if trained and not any(_nonzero(tensors[name]) for name in trained):
         raise BadLora(f"{path.name} is all zero: nothing was learned. Is the learning rate 0?")
-    return Lora(path, len(expected), max(ranks), path.stat().st_size)
+    ranks = [tensor["shape"][0] for name, tensor in tensors.items() if name.endswith(".lora_down.weight")]
+    return Lora(path, len(found), max(ranks, default=0), path.stat().st_size)
+
+
+def _compare(name: str, kind: Kind, tensors: set[str], expected: set[str]) -> None:
+    """Hold the keys of a LoRA by networks.lora against those that it must have. Raises BadLora."""
+    found = {tensor.removesuffix(end) for tensor in tensors for end in _ENDS if tensor.endswith(end)}
+    if missing := sorted(expected - found):
+        raise BadLora(f"{name} lacks {len(missing)} of {len(expected)} modules, {missing[0]} first.")
+    if unknown := sorted(found - expected) or sorted(tensors - _tensors(expected)):
+        raise BadLora(f"{name} has {len(unknown)} keys that a {kind} LoRA does not have, {unknown[0]} first.")
+    if absent := sorted(_tensors(expected) - tensors):
+        raise BadLora(f"{name} lacks {len(absent)} tensors, {absent[0]} first.")
+
+
+def _parts(names: set[str]) -> set[str]:
+    """The trained parts of the model: lora_unet, lora_te, lora_te1, lora_te2."""
+    return {"_".join(name.split("_")[:2]) for name in names}
 
 
 def modules(kind: Kind, *, unet: bool = True, text_encoders: bool = True) -> list[str]:

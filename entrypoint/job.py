@@ -30,7 +30,7 @@ def run(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, _stop)
     storage = Storage()
     error: Exception | None = None
-    with tempfile.TemporaryDirectory(prefix="sagemaker-kohya-job-") as work:
+    with tempfile.TemporaryDirectory(prefix="kohya-job-") as work:
         job = Job(Tree.from_environment(), Path(work))
         try:
             with job.stage("resolve"):
@@ -106,14 +106,16 @@ def prepare(inputs: Inputs, tree: Tree, work: Path) -> Prepared:
 
 def train(prepared: Prepared) -> trainer.Ended:
     """Run the trainer to its end."""
-    command = [
-        sys.executable,
-        "-m",
-        "kohya.builtin",
-        prepared.plan.kind,
-        f"--config_file={prepared.config_file}",
-    ]
-    return trainer.run(command, {"HF_HUB_OFFLINE": "1"}, prepared.log)
+    plan, config_file = prepared.plan, prepared.config_file
+    temporary = prepared.log.with_name("tmp")  # where workers and compilers leave things
+    temporary.mkdir()
+    environment = {"TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1"}
+    if plan.sd_scripts is None:
+        command = [sys.executable, "-m", "kohya.builtin", plan.kind, f"--config_file={config_file}"]
+    else:
+        command = plan.sd_scripts.command(plan.kind, config_file)
+        environment |= plan.sd_scripts.environment()
+    return trainer.run(command, environment, prepared.log)
 
 
 def verify(prepared: Prepared, ended: trainer.Ended) -> list[Lora]:
@@ -124,11 +126,9 @@ def verify(prepared: Prepared, ended: trainer.Ended) -> list[Lora]:
     final = prepared.output / f"{prepared.output_name}.safetensors"
     if ended.code != 0 or not final.exists():
         last = ended.tail[-1].rstrip(".") if ended.tail else "It printed nothing"
+        how = f"exit code {ended.code}" if ended.code >= 0 else signal.Signals(-ended.code).name
         left = "" if final.exists() else f" and left no {final.name}"
-        if ended.code < 0:
-            name = signal.Signals(-ended.code).name
-            raise TrainerFailed(f"The trainer was killed by {name}{left}. Its last line: {last}.")
-        raise TrainerFailed(f"{last}. (The trainer ended with exit code {ended.code}{left}.)")
+        raise TrainerFailed(f"{ended.cause or f'{last}.'} (The trainer ended with {how}{left}.)")
     return [_verified(path, prepared) for path in sorted(prepared.output.glob("*.safetensors"))]
 
 
@@ -199,6 +199,7 @@ def _verified(path: Path, prepared: Prepared) -> Lora:
         prepared.plan.kind,
         unet=not values.get("network_train_text_encoder_only"),
         text_encoders=not values.get("network_train_unet_only"),
+        plain=values["network_module"] == "networks.lora" and not values.get("network_args"),
     )
 
 

@@ -35,7 +35,9 @@ def job(tmp_path: Path) -> Iterator[Job]:
     made.end()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say what this run could not cover."""
+    if config.getoption("ignore"):
+        terminalreporter.line("NOT RUN: sd-scripts. make test-sd-scripts runs these tests.")
     if not os.environ.get("TEST_S3_ENDPOINT"):
         terminalreporter.line("NOT RUN: a real S3 server; moto's stood in. Set TEST_S3_ENDPOINT to use one.")

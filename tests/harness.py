@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,8 +56,7 @@ class Job:
 
     def __init__(self, folder: Path) -> None:
         self.tree = folder / "ml"
-        self.scratch = folder / "tmp"
-        self.scratch.mkdir()
+        self.scratch = Path(tempfile.mkdtemp(prefix="job-"))  # short, for sockets lie below it
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "SM_"))},
             "SAGEMAKER_BASE_DIR": str(self.tree),
@@ -63,6 +64,7 @@ class Job:
             "OMP_NUM_THREADS": "1",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
+        self.prefix: tuple[str, ...] = ()  # a command that starts the job's
         self._process: subprocess.Popen[str] | None = None
 
     @property
@@ -104,7 +106,7 @@ class Job:
     def start(self, *flags: str) -> "subprocess.Popen[str]":
         """Start `train` as SageMaker does."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "entrypoint", "train", *flags],
+            [*self.prefix, sys.executable, "-m", "entrypoint", "train", *flags],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -143,6 +145,7 @@ class Job:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             self._process.wait(120)
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 def write_dataset(folder: Path, *, side: int = 96) -> Path:

@@ -163,9 +163,16 @@ def test_two_hosts_and_pipe_mode(ready: Job) -> None:
 
 
 def test_sd_scripts_is_never_replaced_in_silence(ready: Job) -> None:
-    assert_refused(
-        ready, ready.run("--trainer=sd-scripts"), "sd-scripts is not in this environment", "--trainer=builtin"
-    )
+    ready.environment["SD_SCRIPTS_DIR"] = "/nowhere"
+    result = ready.run("--trainer=sd-scripts")
+    assert_refused(ready, result, "sd-scripts is not in /nowhere", "make sd-scripts", "--trainer=builtin")
+
+
+def test_another_version_of_sd_scripts_is_refused(ready: Job, tmp_path: Path) -> None:
+    (tmp_path / "train_network.py").write_text("print('newer')")
+    ready.environment["SD_SCRIPTS_DIR"] = str(tmp_path)
+    result = ready.run("--trainer=sd-scripts")
+    assert_refused(ready, result, f"{tmp_path}/train_network.py is not the one of sd-scripts v0.10.1")
 
 
 def test_builtin_refuses_what_it_does_not_have_by_name(ready: Job) -> None:

@@ -67,7 +67,7 @@ def assert_completed(
     log = EventAccumulator(str(events.parent)).Reload()
     assert "loss/current" in log.Tags()["scalars"]
     assert len(log.Scalars("loss/current")) == 8
-    assert not list(job.scratch.glob("sagemaker-kohya-job-*"))
+    assert not list(job.scratch.glob("kohya-job-*"))
 
 
 def assert_lora(path: Path, kind: Kind) -> None:

@@ -161,3 +161,17 @@ def test_bfloat16_is_read_by_its_bits(bits: int, broken: bool) -> None:
     assert checkpoint._finite(tensor) is not broken
     assert checkpoint._nonzero(tensor)
     assert not checkpoint._nonzero({**tensor, "data": np.array([0, 0x8000], np.uint16).tobytes()})
+
+
+def test_a_lora_of_another_network_is_known_by_the_beginnings_of_its_names(tmp_path: Path) -> None:
+    names = ("lora_unet_x.hada_w1_a", "lora_unet_x.hada_w2_b", "lora_te_y.hada_w1_a", "lora_te_y.hada_w2_b")
+    loha = {name: np.ones((4, 8), np.float16) for name in names}
+    path = saved(loha, tmp_path / "x.safetensors")
+    assert verify_lora(path, "sd15", plain=False).modules == 2
+    with pytest.raises(BadLora, match="lacks"):
+        verify_lora(path, "sd15")
+    with pytest.raises(BadLora, match="no key that begins with lora_te_"):
+        verify_lora(saved({name: loha[name] for name in names[:2]}, path), "sd15", plain=False)
+    zero = {name: tensor * (not name.endswith("w2_b")) for name, tensor in loha.items()}
+    with pytest.raises(BadLora, match="all zero"):
+        verify_lora(saved(zero, path), "sd15", plain=False)
