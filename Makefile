@@ -33,7 +33,7 @@ $(READY): pyproject.toml
 
 demo: $(READY) ## Run the main job on this machine: S3 in, LoRA out [KIND TRAINER MODEL DATASET OUT]
 	$(VENV)/bin/python -m demo --kind $(KIND) --trainer $(TRAINER) --out $(OUT) \
-		$(if $(MODEL),--model $(MODEL)) $(if $(DATASET),--dataset $(DATASET))
+		$(if $(MODEL),--model "$(MODEL)") $(if $(DATASET),--dataset "$(DATASET)")
 
 sd-scripts: $(SD_SCRIPTS)/.ready ## Get the pinned sd-scripts, with an environment of its own, into .sd-scripts
 

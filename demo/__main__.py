@@ -285,10 +285,11 @@ def _prove(model: Path, kind: Kind, lora: Path, dataset: Path, chosen: settings.
 
 def _next(asked: argparse.Namespace, proof: "Proof", seconds: float) -> None:
     out = asked.out
+    board = Path(sys.executable).with_name("tensorboard")
     print(f"""
 Done in {seconds:.0f} s. What came out is in {out}:
   LoRA {out / settings.NAME}.safetensors, loss curve {out / "loss.png"}, job {out / "opt-ml/model"}
-  Curves live:          tensorboard --logdir {out / "opt-ml/output/tensorboard"}
+  TensorBoard:          {board} --logdir {out / "opt-ml/output/tensorboard"}
   With your own things: make demo KIND={asked.kind} MODEL=model.safetensors DATASET=folder""")
 
 

@@ -70,14 +70,16 @@ class Plan:
 
 def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> Plan:
     """Look at everything that was named, without fetching it. Raises Unfit with every problem found."""
-    problems: list[Problem] = []
+    problems = list(request.problems)
     model, merged, files, scripts = None, None, None, None
     kind, toml, gpu = request.kind, [], find_gpu()
     with collecting(problems):
         model, kind = _model(request, storage)
     with collecting(problems):
         toml = _toml(request, storage)
-    if kind is not None:
+    if kind is None:  # the base model's own problem is told; the options' can be, held against all there are
+        problems += config.merge("sdxl", [config.preset("sdxl"), toml, *request.layers]).problems
+    else:
         merged = config.merge(kind, [config.preset(kind), _machine(gpu), toml, *request.layers])
         problems += merged.problems
         scripts, merged, wrong = _trainer(request, kind, merged, gpu)
@@ -237,7 +239,7 @@ def _builtin(kind: Kind, merged: Merged) -> list[Problem]:
     owned = dict.fromkeys(config.OWNED, "the job's")
     for name, wrong, fix in builtin_problems({**merged.values, **owned}, kind):
         where = merged.settings[name].where if name in merged.settings else "trainer builtin"
-        problems.append(Problem(where, f"{name}: {wrong}", fix))
+        problems.append(Problem(where, wrong if where.endswith(name) else f"{name}: {wrong}", fix))
     return problems
 
 

@@ -7,11 +7,12 @@ developer guide; botocore's service description of CreateTrainingJob.
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entrypoint.console import redact
+from entrypoint.console import redact, warn
 from kohya.problem import Problem
 
 CHANNELS = ("model", "dataset", "config")
@@ -47,6 +48,11 @@ class Tree:
     def tensorboard(self) -> Path:
         """Event logs, copied to S3 while the job runs if it has a TensorBoardOutputConfig."""
         return self.base / "output" / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """States, copied to S3 while the job runs if it has a CheckpointConfig."""
+        return self.base / "checkpoints"
 
     @property
     def failure(self) -> Path:
@@ -101,10 +107,21 @@ class Tree:
         return hosts, problems
 
     def write_failure(self, text: str) -> None:
-        """Write the failure file: the cause first, whole characters, at most FAILURE_BYTES bytes."""
-        self.failure.parent.mkdir(parents=True, exist_ok=True)
+        """Write the failure file: the cause first, whole characters, at most FAILURE_BYTES bytes.
+
+        Where it cannot be written that is said, for the cause itself must not be lost over it.
+        """
         kept = redact(text).encode()[:FAILURE_BYTES].decode(errors="ignore")
-        self.failure.write_text(kept, encoding="utf-8")
+        try:
+            self.failure.parent.mkdir(parents=True, exist_ok=True)
+            self.failure.write_text(kept, encoding="utf-8")
+        except OSError as error:
+            warn(f"{self.failure} cannot be written: {error.strerror}. Set SAGEMAKER_BASE_DIR.")
+
+    def forget_failure(self) -> None:
+        """Remove the failure file of an earlier job in the same tree."""
+        with suppress(OSError):
+            self.failure.unlink()
 
     def _read(self, name: str) -> tuple[dict[str, Any], list[Problem]]:
         """One of SageMaker's JSON files; all of them are optional."""

@@ -84,38 +84,21 @@ def inspect(
     notes: list[str] = []
     subsets: list[Subset] = []
     for folder, pictures in folders.items():
-        where_folder = where if folder == "." else f"{where.rstrip('/')}/{folder}"
-        numbered = _NUMBERED.fullmatch(folder)
+        at = where if folder == "." else f"{where.rstrip('/')}/{folder}"
+        trained = folder
         if folder == "." and len(folders) == 1:
             name = _plain(PurePosixPath(where).name)
-            repeats, trained = FLAT_REPEATS, f"{FLAT_REPEATS}_{name}"
+            trained = f"{FLAT_REPEATS}_{name}"
             notes.append(
-                f"{len(pictures)} pictures stand in no N_name folder and are taken as {trained}, each "
-                f"{FLAT_REPEATS} times an epoch; to choose, move them to a folder such as 5_{name}"
+                f"{_count(pictures)} in no N_name folder, taken as {trained}: each {FLAT_REPEATS} times an "
+                f"epoch. To choose, move them to a folder such as 5_{name}"
             )
-        elif folder == ".":
-            wrong = f"{_some(pictures)} stand beside the folders, where sd-scripts does not look"
-            problems.append(Problem(where_folder, wrong, "Move them into an N_name folder such as 10_photo"))
+        elif problem := _misplaced(folder, pictures, where, at):
+            problems.append(problem)
             continue
-        elif "/" in folder:
-            wrong = f"{_some(pictures)} stand too deep, where sd-scripts does not look"
-            problems.append(Problem(where_folder, wrong, f"Move them up to {folder.split('/')[0]}"))
-            continue
-        elif not numbered:
-            wrong = f"the folder's name does not say how often its {_count(pictures)} are repeated"
-            stem = re.sub(r"^\d+", "", folder) or folder
-            problems.append(Problem(where_folder, wrong, f"Rename it to 10_{stem} or another N_name"))
-            continue
-        elif (repeats := int(numbered[1] or numbered[2])) < 1:
-            problems.append(
-                Problem(where_folder, "its pictures are repeated 0 times", "Rename it to 1_name or more")
-            )
-            continue
-        else:
-            trained = folder
-        found, wrongs = _captions(pictures, visible, where_folder, caption_extension, allow_missing_captions)
+        found, wrongs = _captions(pictures, visible, at, caption_extension, allow_missing_captions)
         problems += wrongs
-        subsets.append(Subset(trained, repeats, found))
+        subsets.append(Subset(trained, _repeats(trained), found))
     if not folders:
         seen = f"among its {_count(list(visible), 'file')}" if visible else "in it"
         wrong = f"there is no picture ({', '.join(PICTURES)}) {seen}"
@@ -125,20 +108,56 @@ def inspect(
     return DataSet(tuple(subsets), tuple(notes)), problems
 
 
-def link(data_set: DataSet, sources: Mapping[str, Path], root: Path) -> Path:
+def link(data_set: DataSet, sources: Mapping[str, Path], root: Path) -> dict[Path, str]:
     """Make the trainer's tree under `root`: one folder a subset, links to the files in `sources`.
 
     The data set itself is never written to: what the trainer leaves beside its pictures (latent caches)
-    lands in `root`. Endings come out in lower case, since sd-scripts does not see x.Jpg. Returns `root`.
+    lands in `root`. Endings come out in lower case, since sd-scripts does not see x.Jpg. Returns for each
+    link the file's path below the data set's root.
     """
+    links = {}
     for subset in data_set.subsets:
         folder = root / subset.folder
         folder.mkdir(parents=True)
         for picture in subset.pictures:
             stem = PurePosixPath(picture.path).stem
             for path in filter(None, (picture.path, picture.caption)):
-                (folder / f"{stem}{PurePosixPath(path).suffix.lower()}").symlink_to(sources[path])
-    return root
+                made = folder / f"{stem}{PurePosixPath(path).suffix.lower()}"
+                made.symlink_to(sources[path])
+                links[made] = path
+    return links
+
+
+def as_given(text: str, origins: Mapping[str, str]) -> str:
+    """A trainer's message with the paths in its own tree replaced by those that the user gave."""
+    for path in sorted(origins, key=len, reverse=True):
+        text = text.replace(path, origins[path])
+    return text
+
+
+def _misplaced(folder: str, pictures: list[str], where: str, at: str) -> Problem | None:
+    """What keeps sd-scripts from seeing a folder's pictures, if anything does."""
+    last = folder.rsplit("/", 1)[-1]
+    if folder == ".":
+        wrong = f"sd-scripts does not look beside the folders, and would leave out {_some(pictures)}"
+        return Problem(at, wrong, "Move them into an N_name folder such as 10_photo")
+    if "/" in folder:
+        wrong = f"sd-scripts does not look this deep, and would leave out {_some(pictures)}"
+        fix = f"Move {last} up" if _repeats(last) else "Move them up into an N_name folder such as 10_photo"
+        return Problem(at, wrong, f"{fix}, right below {where}")
+    if not _NUMBERED.fullmatch(folder):
+        wrong = f"the folder's name does not say how often to repeat its {_count(pictures)}"
+        stem = re.sub(r"^\d+", "", folder) or folder
+        return Problem(at, wrong, f"Rename it to 10_{stem.lstrip('_-')} or another N_name")
+    if not _repeats(folder):
+        return Problem(at, "its pictures are repeated 0 times", "Rename it to 1_name or more")
+    return None
+
+
+def _repeats(folder: str) -> int:
+    """The N of N_name; 0 where there is none."""
+    numbered = _NUMBERED.fullmatch(folder)
+    return int(numbered[1] or numbered[2]) if numbered else 0
 
 
 def _captions(
@@ -150,21 +169,23 @@ def _captions(
     problems = []
     missing = [picture.path for picture in found if picture.caption is None]
     if missing and not allow_missing:
-        wrong = f"{_some(missing)} of {len(pictures)} have no caption in a {extension} file of the same name"
+        wrong = (
+            f"of {_count(pictures)}, {len(missing)} without a caption in a {extension} file of the same name"
+        )
+        wrong += f": {_names(missing)}"
         fix = "Add the captions, or set allow_missing_captions=true to train those on the folder's name"
         problems.append(Problem(where, wrong, fix))
     empty = [
         picture.caption for picture in found if picture.caption is not None and sizes[picture.caption] == 0
     ]
     if empty:
-        problems.append(
-            Problem(where, f"{_some(empty, 'caption')} are empty", "Write a caption, or delete the file")
-        )
+        wrong = _some(empty, "empty caption")
+        problems.append(Problem(where, wrong, "Write a caption, or delete the file"))
     stems = defaultdict(list)
     for path in pictures:
         stems[str(PurePosixPath(path).with_suffix("")).lower()].append(path)
     if twins := [path for paths in stems.values() if len(paths) > 1 for path in paths]:
-        wrong = f"{_some(twins)} share their names, and so their caption"
+        wrong = f"{_some(twins)} with the same name, and so the same caption"
         problems.append(Problem(where, wrong, "Rename one of each"))
     return found, problems
 
@@ -185,5 +206,9 @@ def _count(names: list[str], noun: str = "picture") -> str:
 def _some(names: Iterable[str], noun: str = "picture") -> str:
     """How many, and the first few by name: "4 pictures (a.png, b.png, c.png, …)"."""
     listed = list(names)
-    shown = ", ".join(PurePosixPath(name).name for name in listed[:_NAMES_SHOWN])
-    return f"{_count(listed, noun)} ({shown}{', …' if len(listed) > _NAMES_SHOWN else ''})"
+    return f"{_count(listed, noun)} ({_names(listed)})"
+
+
+def _names(names: list[str]) -> str:
+    shown = ", ".join(PurePosixPath(name).name for name in names[:_NAMES_SHOWN])
+    return f"{shown}{', …' if len(names) > _NAMES_SHOWN else ''}"

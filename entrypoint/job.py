@@ -32,6 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     error: Exception | None = None
     with tempfile.TemporaryDirectory(prefix="kohya-job-") as work:
         job = Job(Tree.from_environment(), Path(work))
+        job.tree.forget_failure()
         try:
             with job.stage("resolve"):
                 job.request = resolve(arguments, job.tree, storage)
@@ -87,9 +88,11 @@ def prepare(inputs: Inputs, tree: Tree, work: Path) -> Prepared:
     output, logs = work / "output", tree.tensorboard
     output.mkdir()
     logs.mkdir(parents=True, exist_ok=True)
+    links = dataset.link(plan.dataset, inputs.dataset, work / "dataset")
+    origins = {str(path): _named(plan.dataset_files[name]) for path, name in links.items()}
     owned = {
         "pretrained_model_name_or_path": str(_unpacked(inputs, work)),
-        "train_data_dir": str(dataset.link(plan.dataset, inputs.dataset, work / "dataset")),
+        "train_data_dir": str(work / "dataset"),
         "output_dir": str(output),
         "logging_dir": str(logs),
         "tokenizer_cache_dir": str(tokenizers.folder()),
@@ -101,7 +104,7 @@ def prepare(inputs: Inputs, tree: Tree, work: Path) -> Prepared:
         say(f"prepare: {note}")
     config_file = work / "config.toml"
     config_file.write_text(config.dump(merged.values), encoding="utf-8")
-    return Prepared(plan, merged, config_file, output, work / "trainer.log")
+    return Prepared(plan, merged, config_file, output, work / "trainer.log", origins)
 
 
 def train(prepared: Prepared) -> trainer.Ended:
@@ -125,7 +128,11 @@ def verify(prepared: Prepared, ended: trainer.Ended) -> list[Lora]:
     """
     final = prepared.output / f"{prepared.output_name}.safetensors"
     if ended.code != 0 or not final.exists():
-        last = ended.tail[-1].rstrip(".") if ended.tail else "It printed nothing"
+        last = (
+            dataset.as_given(ended.tail[-1].rstrip("."), prepared.origins)
+            if ended.tail
+            else "It printed nothing"
+        )
         how = f"exit code {ended.code}" if ended.code >= 0 else signal.Signals(-ended.code).name
         left = "" if final.exists() else f" and left no {final.name}"
         raise TrainerFailed(f"{ended.cause or f'{last}.'} (The trainer ended with {how}{left}.)")
@@ -163,7 +170,8 @@ def finish(job: Job, error: Exception | None, storage: Storage) -> int:
     elif error is not None:
         fail(cause)
     else:
-        say(f"done: {', '.join(lora.path.name for lora in job.loras)} in {sum(job.seconds.values()):.1f} s")
+        names = ", ".join(lora.path.name for lora in job.loras)
+        say(f"done in {sum(job.seconds.values()):.1f} s: {names} in {job.tree.model}")
     return exit_code
 
 
@@ -231,9 +239,13 @@ def _unpacked(inputs: Inputs, work: Path) -> Path:
     return target
 
 
+def _named(file: File) -> str:
+    return str(file.uri) if isinstance(file, RemoteObject) else str(file)
+
+
 def _folder_of(origin: File | object) -> str:
     """A folder's name for what comes from one place: always the same, so that it is found there again."""
-    name = str(origin.uri) if isinstance(origin, RemoteObject) else str(origin)
+    name = _named(origin) if isinstance(origin, RemoteObject) else str(origin)
     return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 

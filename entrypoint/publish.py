@@ -13,7 +13,7 @@ from kohya import config
 
 
 def results(job: Job, storage: Storage) -> None:
-    """LoRAs, the merged configuration and event logs, each where its reader expects it.
+    """LoRAs, states, the merged configuration and event logs, each where its reader expects it.
 
     The configuration is written so that the job can be run again from it: without the job's own paths,
     and without secrets. A job that ended before it was prepared has nothing to publish.
@@ -26,6 +26,8 @@ def results(job: Job, storage: Storage) -> None:
     kept.write_text(redact(config.dump(again)), encoding="utf-8")
     loras = {lora.path.name: lora.path for lora in job.loras}
     place({**loras, kept.name: kept}, job.tree.model)
+    for state in job.prepared.output.glob("*-state"):
+        shutil.copytree(state, job.tree.checkpoints / state.name, dirs_exist_ok=True)
     if job.request.output is not None:
         send(loras if job.request.flat else {**loras, kept.name: kept}, job.request.output, storage)
     if job.request.logs is not None:

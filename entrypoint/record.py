@@ -40,6 +40,7 @@ class Prepared:
     config_file: Path
     output: Path  # scratch, never SageMaker's model folder: what is half written is not published
     log: Path
+    origins: Mapping[str, str]  # of the files in the trainer's tree: the path or URI that the user gave
 
     @property
     def output_name(self) -> str:

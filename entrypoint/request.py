@@ -29,6 +29,7 @@ _Choice = TypeVar("_Choice", bound=str)
 
 _SMALL = 1 << 20  # bytes; larger than any parameter JSON or TOML that a person writes
 _URIS = (*(f"{channel}_uri" for channel in CHANNELS), "output_uri", "logs_uri")
+_OPTIONS = frozenset({*config.options(), *config.ALIASES})
 _JOB = ("kind", "trainer", "allow_missing_captions", "s3_location", *_URIS)
 
 
@@ -55,6 +56,7 @@ class JobRequest:
     flat: bool  # ESD reads `output` and `logs`: nothing but flat LoRAs, and one flat event file
     allow_missing_captions: bool
     layers: tuple[tuple[Setting, ...], ...]  # sd-scripts options above the TOML: hyperparameters, flags
+    problems: tuple[Problem, ...]  # told together with those that `check` finds
 
 
 class Reader(Protocol):
@@ -66,7 +68,7 @@ class Reader(Protocol):
 def resolve(arguments: Sequence[str], tree: Tree, storage: Reader) -> JobRequest:
     """Find out what is asked. `arguments` are the flags: --name=value, --name value, or --name for true.
 
-    Raises Unfit with every problem that can be seen without looking at the inputs.
+    Raises Unfit where it does not become clear what the inputs are; other problems go with the request.
     """
     problems: list[Problem] = []
     hyperparameters, wrong = tree.hyperparameters()
@@ -100,7 +102,7 @@ def resolve(arguments: Sequence[str], tree: Tree, storage: Reader) -> JobRequest
             places = _from_esd(asked["s3_location"], kind, storage)
         else:
             places = _from_uris(asked, channels)
-    if problems or places is None:
+    if places is None:
         raise Unfit(problems)
     return JobRequest(
         kind=places.kind or kind,
@@ -113,9 +115,10 @@ def resolve(arguments: Sequence[str], tree: Tree, storage: Reader) -> JobRequest
         flat=places.flat,
         allow_missing_captions=allow_missing == "true",
         layers=tuple(
-            tuple(one for one in named if one.name not in _JOB and one.where.startswith(origin))
+            tuple(one for one in named if one.name in _OPTIONS and one.where.startswith(origin))
             for origin in ("hyperparameter", "flag")
         ),
+        problems=tuple(problems),
     )
 
 
@@ -262,16 +265,21 @@ def _flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[Problem]]:
     """Flags by name. Words that follow a flag are its value; several become a list."""
     words: dict[str, list[str]] = {}
     problems: list[Problem] = []
-    name = None
+    name = ""
     for argument in arguments:
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
             name = name.replace("-", "_")
             words[name] = [value] if equals else []
-        elif name is None:
+        elif not name:
             problems.append(Problem(f"argument {argument}", "it follows no flag", "Write --name=value"))
         else:
             words[name].append(argument)
+    for name, values in words.items():
+        option = config.options().get(name)
+        if len(values) > 1 and (option is None or option.nargs != "*"):
+            problems.append(Problem(f"argument {values[1]}", "it follows no flag", "Write --name=value"))
+            del values[1:]
     return {
         name: "true" if not values else values[0] if len(values) == 1 else json.dumps(values)
         for name, values in words.items()
@@ -280,7 +288,7 @@ def _flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[Problem]]:
 
 def _unknown(named: Sequence[Setting]) -> list[Problem]:
     """Names that are neither the job's own nor sd-scripts'."""
-    known = {*_JOB, *config.options(), *config.ALIASES}
+    known = {*_JOB, *_OPTIONS}
     return [
         Problem(
             setting.where,

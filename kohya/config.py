@@ -179,6 +179,18 @@ def own(merged: Merged, values: Mapping[str, object]) -> Merged:
     return replace(merged, settings={**merged.settings, **owned}, notes=(*merged.notes, *notes))
 
 
+def change(merged: Merged, values: Mapping[str, object], where: str) -> Merged:
+    """`merged` with other values, because of `where`; a note for each value of the user's that gives way."""
+    notes = [
+        f"{merged.settings[name].where}: {name} = {_show(merged.settings[name].value)} becomes "
+        f"{_show(value)}: {where}"
+        for name, value in values.items()
+        if name in merged.settings and merged.settings[name].value != value
+    ]
+    changed = {name: Setting(name, value, where) for name, value in values.items()}
+    return replace(merged, settings={**merged.settings, **changed}, notes=(*merged.notes, *notes))
+
+
 def dump(values: Mapping[str, object]) -> str:
     """`values` as TOML, one key a line, sorted by name."""
     return tomli_w.dumps(dict(sorted(values.items())))
@@ -187,7 +199,7 @@ def dump(values: Mapping[str, object]) -> str:
 def nearest(name: str, known: Iterable[str]) -> str:
     """Advice for a name that is not known: the nearest ones that are."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
-    return f"Did you mean {' or '.join(close)}?"[:-1] if close else "Remove it, or correct its name"
+    return f"Did you mean {' or '.join(close)}?" if close else "Remove it, or correct its name"
 
 
 class _Wrong(Exception):
@@ -274,7 +286,7 @@ def _as_float(name: str, value: object) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise _Wrong(f"{name} = {_show(value)} is not a number", f"Write {name} = 0.1")
+        raise _Wrong(f"{name} = {_show(value)} is not a number", _example(name, 0.1))
     return number
 
 
@@ -284,7 +296,7 @@ def _as_int(name: str, value: object) -> int:
     try:
         return int(str(value))
     except ValueError as error:
-        raise _Wrong(f"{name} = {_show(value)} is not a whole number", f"Write {name} = 1") from error
+        raise _Wrong(f"{name} = {_show(value)} is not a whole number", _example(name, 1)) from error
 
 
 def _as_int_or_float(name: str, value: object) -> int | float:
@@ -303,6 +315,12 @@ _READERS: Mapping[str, Callable[[str, object], object]] = {
     "float": _as_float,
     "int_or_float": _as_int_or_float,
 }
+
+
+def _example(name: str, otherwise: float) -> str:
+    """What to write, after the preset's own value where it has one."""
+    usual = {setting.name: setting.value for setting in preset("sd15")}.get(name, otherwise)
+    return f"Write for example {name} = {_show(usual)}"
 
 
 def _show(value: object) -> str:

@@ -9,7 +9,7 @@ class Problem:
 
     where: str  # a file, key or line: "hyperparameter network_dim", "s3://bucket/data"
     wrong: str  # what is wrong and what was expected; no full stop
-    fix: str  # what to do or to type; no full stop
+    fix: str  # what to do or to type; no full stop, but a question mark where it is a question
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.wrong}. {self.fix}."
+        return f"{self.where}: {self.wrong}. {self.fix}{'' if self.fix.endswith('?') else '.'}"

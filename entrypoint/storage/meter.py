@@ -45,7 +45,7 @@ class Meter:
     def summary(self, count: int, more: str = "") -> str:
         """The line at its end."""
         seconds = time.monotonic() - self._began
-        rate = f", {self._done / 1e6 / max(seconds, 1e-3):.0f} MB/s" if self._done else ""
+        rate = f", {self._done / 1e6 / max(seconds, 1e-3):.0f} MB/s" if self._done >= 1e6 else ""
         files = "1 file" if count == 1 else f"{count:,} files"
         return f"{self._what}: {files}, {_bytes(self._done, self._done)} in {_duration(seconds)}{rate}{more}"
 

@@ -300,7 +300,7 @@ class _Run:
 
     def _save_lora(self, name: str, epoch: int) -> Path:
         path = Path(self.options.output_dir, f"{name}.safetensors")
-        _say(f"saving {path}")
+        _say(f"saving {path.name}")
         of_file = metadata.of_file(self.base.kind, self.options, self.at.current_step, epoch)
         precision = self.options.save_precision
         self.lora.save(path, self.metadata | of_file, _DTYPES[precision] if precision else None)
@@ -308,7 +308,7 @@ class _Run:
 
     def _save_state(self, name: str) -> None:
         folder = Path(self.options.output_dir, name)
-        _say(f"saving state {folder}")
+        _say(f"saving state {folder.name}")
         optimizer = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         schedule = {key: value for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"}
         state.save(folder, self.at, self.lora.state_dict(), {"optimizer": optimizer, "scheduler": schedule})

@@ -124,9 +124,7 @@ def test_folders_and_captions_that_would_be_ignored(ready: Job, tmp_path: Path, 
         ready, ready.run(), f"{folder}/shape: the folder's name does not say how often", "10_shape"
     )
     (tmp_path / "data" / "shape").rename(tmp_path / "data" / "10_shape")
-    assert_refused(
-        ready, ready.run(), "1 picture (0.png) of 4 have no caption", "allow_missing_captions=true"
-    )
+    assert_refused(ready, ready.run(), "of 4 pictures, 1 without a caption", "allow_missing_captions=true")
 
 
 def test_model_of_another_kind(ready: Job, tmp_path: Path) -> None:
@@ -218,11 +216,11 @@ def test_a_picture_that_cannot_be_read_fails_the_job(ready: Job, tmp_path: Path,
     shutil.copytree(pictures / "2_shape", tmp_path / "data" / "2_shape")
     (tmp_path / "data" / "2_shape" / "1.png").write_bytes(b"no picture")
     (ready.tree / "input/data/dataset").unlink()
-    ready.mount("dataset", tmp_path / "data")
+    folder = ready.mount("dataset", tmp_path / "data")
     result = ready.run()
     assert result.code == 1
     assert ready.failure is not None
-    assert "1.png" in ready.failure
+    assert ready.failure.startswith(f"The picture {folder}/2_shape/1.png cannot be read")
     assert ready.record["result"] == "failed"
 
 
@@ -250,3 +248,27 @@ def test_secrets_do_not_reach_log_record_or_failure(ready: Job) -> None:
     everything = result.out + result.err + (ready.failure or "") + (ready.model / "job.json").read_text()
     assert "seed" in everything
     assert "verysecret" not in everything
+
+
+def test_a_tree_that_cannot_be_written(job: Job, base_models: dict[Kind, Path], pictures: Path) -> None:
+    job.environment["SAGEMAKER_BASE_DIR"] = "/dev/null/ml"
+    flags = (f"--model_uri={base_models['sd15']}", f"--dataset_uri={pictures}")
+    result = job.run("--trainer=builtin", *flags)
+    assert result.code == 2
+    assert "/dev/null/ml/model: it cannot be made" in result.err
+    assert "SAGEMAKER_BASE_DIR" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_mistakes_of_all_sorts_are_told_at_once(job: Job) -> None:
+    result = job.run(
+        "--model_uri=/nowhere.safetensors", "--dataset_uri=/nopics", "--learning_rat=3", "--network_dim=x"
+    )
+    assert_refused(job, result, "/nowhere.safetensors", "/nopics", "learning_rat", "network_dim")
+
+
+def test_a_failure_file_does_not_outlive_the_next_job(ready: Job) -> None:
+    assert ready.run("--seed=x").code == 2
+    assert ready.failure is not None
+    assert ready.run("--max_train_epochs=1").code == 0
+    assert ready.failure is None

@@ -271,3 +271,5 @@ def test_a_stop_publishes_what_there_is(
     assert "shape.safetensors" not in keys(s3, bucket / "out")
     assert len(keys(s3, bucket / "logs")) == 1
     assert_lora(job.model / "shape-000001.safetensors", "sd15")
+    (state,) = (job.tree / "checkpoints").iterdir()
+    assert (state / "train_state.json").exists()

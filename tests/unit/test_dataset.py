@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from entrypoint.dataset import DataSet, inspect, link
+from entrypoint.dataset import DataSet, as_given, inspect, link
 from kohya.problem import Problem
 
 
@@ -48,7 +48,7 @@ def test_a_flat_folder_is_wrapped_and_said() -> None:
 @pytest.mark.parametrize("name", ["cat", "10cat", "_cat", "-1_cat"])
 def test_a_folder_that_sd_scripts_would_skip_is_named(name: str) -> None:
     said = told(f"{name}/a.png", f"{name}/a.txt")
-    assert f"s3://b/cats/{name}: the folder's name does not say how often" in said
+    assert f"s3://b/cats/{name}: the folder's name does not say how often to repeat its 1 picture" in said
 
 
 def test_zero_repeats_are_refused() -> None:
@@ -57,8 +57,14 @@ def test_zero_repeats_are_refused() -> None:
 
 def test_pictures_beside_and_below_the_folders_are_refused() -> None:
     said = told("1_cat/a.png", "1_cat/a.txt", "b.png", "1_cat/more/c.png")
-    assert "1 picture (b.png) stand beside the folders" in said
-    assert "s3://b/cats/1_cat/more: 1 picture (c.png) stand too deep" in said
+    assert "does not look beside the folders, and would leave out 1 picture (b.png)" in said
+    assert "s3://b/cats/1_cat/more: sd-scripts does not look this deep, and would leave out 1 picture" in said
+
+
+def test_a_folder_that_was_copied_one_level_too_deep_is_to_be_moved_up() -> None:
+    assert "Move 10_cat up, right below s3://b/cats." in told(
+        "pictures/10_cat/a.png", "pictures/10_cat/a.txt"
+    )
 
 
 def test_no_picture_at_all() -> None:
@@ -73,7 +79,9 @@ def test_hidden_files_are_not_looked_at() -> None:
 def test_missing_captions_are_counted_and_named_unless_allowed() -> None:
     paths = ("1_cat/a.png", "1_cat/b.png", "1_cat/b.txt", "1_cat/c.png", "1_cat/d.png", "1_cat/e.png")
     said = " ".join(map(str, look(*paths)[1]))
-    assert "4 pictures (a.png, c.png, d.png, …) of 5 have no caption in a .txt file" in said
+    assert (
+        "of 5 pictures, 4 without a caption in a .txt file of the same name: a.png, c.png, d.png, …" in said
+    )
     assert "allow_missing_captions=true" in said
     data_set, problems = look(*paths, allow_missing_captions=True)
     assert problems == []
@@ -81,18 +89,18 @@ def test_missing_captions_are_counted_and_named_unless_allowed() -> None:
 
 
 def test_captions_of_another_ending_are_missing() -> None:
-    assert "have no caption" in told("1_cat/a.png", "1_cat/a.caption")
+    assert "without a caption" in told("1_cat/a.png", "1_cat/a.caption")
     sizes = {"1_cat/a.png": 10, "1_cat/a.caption": 10}
     assert inspect(sizes, "x", caption_extension=".caption")[1] == []
 
 
 def test_an_empty_caption_is_refused() -> None:
     problems = inspect({"1_cat/a.png": 10, "1_cat/a.txt": 0}, "x")[1]
-    assert "1 caption (a.txt) are empty" in str(problems[0])
+    assert "1 empty caption (a.txt)" in str(problems[0])
 
 
 def test_two_pictures_that_share_a_caption_are_refused() -> None:
-    assert "2 pictures (a.jpg, a.png) share their names" in told("1_cat/a.png", "1_cat/a.jpg", "1_cat/a.txt")
+    assert "2 pictures (a.jpg, a.png) with the same name" in told("1_cat/a.png", "1_cat/a.jpg", "1_cat/a.txt")
 
 
 def test_the_tree_links_to_the_files_and_leaves_them_alone(tmp_path: Path) -> None:
@@ -103,7 +111,14 @@ def test_the_tree_links_to_the_files_and_leaves_them_alone(tmp_path: Path) -> No
     files = {path.name: path for path in source.iterdir()}
     data_set, problems = inspect(dict.fromkeys(files, 5), "/data/My cats!")
     assert problems == []
-    root = link(data_set, files, tmp_path / "tree")
+    root = tmp_path / "tree"
+    links = link(data_set, files, root)
+    assert links[root / "10_My_cats" / "a.jpg"] == "a.JPG"
+    told = as_given(
+        f"{root}/10_My_cats/a.jpg cannot be read",
+        {str(path): f"s3://b/{name}" for path, name in links.items()},
+    )
+    assert told == "s3://b/a.JPG cannot be read"
     made = {path.relative_to(root).as_posix(): path.read_text() for path in root.rglob("*.*")}
     assert made == {
         "10_My_cats/a.jpg": "a.JPG",

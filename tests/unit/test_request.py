@@ -46,9 +46,11 @@ def ask(tree: Path, *flags: str, objects: Objects | None = None, **hyperparamete
 
 
 def wrong(tree: Path, *flags: str, objects: Objects | None = None, **hyperparameters: str) -> str:
-    with pytest.raises(Unfit) as caught:
-        ask(tree, *flags, objects=objects, **hyperparameters)
-    return " ".join(map(str, caught.value.problems))
+    try:
+        problems = ask(tree, *flags, objects=objects, **hyperparameters).problems
+    except Unfit as error:
+        problems = error.problems
+    return " ".join(map(str, problems))
 
 
 def changed(**params: object) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def test_channels(tmp_path: Path) -> None:
     assert request.model.location == tmp_path / "input" / "data" / "model"
     assert request.config is not None
     assert (request.model.where, request.kind, request.trainer) == ("channel model", "sdxl", "builtin")
-    assert (request.output, request.logs, request.flat) == (None, None, False)
+    assert (request.output, request.logs, request.flat, request.problems) == (None, None, False, ())
     assert [(one.name, one.value, one.where) for one in request.layers[0]] == [
         ("seed", "7", "hyperparameter seed")
     ]
@@ -187,6 +189,11 @@ def test_a_word_that_follows_no_flag(tmp_path: Path) -> None:
     assert "argument seed=1: it follows no flag" in wrong(
         tmp_path, "seed=1", model_uri="s3://b/m", dataset_uri="s3://b/d"
     )
+
+
+def test_a_word_too_many_after_a_flag(tmp_path: Path) -> None:
+    said = wrong(tmp_path, "--seed=3", "stray", model_uri="s3://b/m", dataset_uri="s3://b/d")
+    assert "argument stray: it follows no flag" in said
 
 
 def test_kind_against_fm_type(tmp_path: Path) -> None:
