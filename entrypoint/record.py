@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from entrypoint import contract
+from entrypoint import __version__, contract
 from entrypoint.check import Plan
 from entrypoint.checkpoint import Lora
 from entrypoint.contract import Tree
@@ -18,7 +18,7 @@ from entrypoint.request import JobRequest
 from entrypoint.storage import Fetched
 from kohya.config import Merged
 
-_LIBRARIES = ("sagemaker-kohya", "torch", "diffusers", "transformers", "accelerate", "safetensors")
+_LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,9 @@ class Job:
             for lora in self.loras
         ]
         told["seconds"] = self.seconds
-        told["versions"] = {"python": platform.python_version(), **_versions()}
+        scripts = self.plan.sd_scripts if self.plan else None
+        found = scripts.versions(_LIBRARIES) if scripts else _versions()
+        told["versions"] = {"python": platform.python_version(), "sagemaker-kohya": __version__, **found}
         return told
 
 

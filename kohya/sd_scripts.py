@@ -61,8 +61,23 @@ class SdScripts:
         code = (
             "import importlib.util, sys; print(*[m for m in sys.argv[1:] if not importlib.util.find_spec(m)])"
         )
-        told = subprocess.run([self.python, "-c", code, *names], capture_output=True, text=True, check=False)
-        return told.stdout.split() if told.returncode == 0 else names
+        told = self._run(code, names)
+        return names if told is None else told.split()
+
+    def versions(self, distributions: Iterable[str]) -> dict[str, str]:
+        """Of sd-scripts itself, and of those of `distributions` that its Python has."""
+        code = (
+            "import sys, importlib.metadata as m; have = {d.name: d.version for d in m.distributions()}; "
+            "print(*(f'{n}={have[n]}' for n in sys.argv[1:] if n in have))"
+        )
+        told = (self._run(code, list(distributions)) or "").split()
+        return {"sd-scripts": f"{TAG} ({COMMIT[:8]})", **dict(pair.split("=", 1) for pair in told)}
+
+    def _run(self, code: str, arguments: list[str]) -> str | None:
+        told = subprocess.run(
+            [self.python, "-c", code, *arguments], capture_output=True, text=True, check=False
+        )
+        return told.stdout if told.returncode == 0 else None
 
 
 def find() -> SdScripts:

@@ -107,6 +107,7 @@ def test_channels_with_hyperparameters(
     assert_completed(result, job, kind)
     assert sorted(pictures.rglob("*")) == before
     assert job.record["kind"] == kind
+    assert job.record["versions"]["diffusers"] == "0.32.1"
     assert job.record["job"] == "squares-1"
     paths = {item["path"]: item["bytes"] for item in job.record["inputs"]}
     assert paths[str(model / base_models[kind].name)] == base_models[kind].stat().st_size

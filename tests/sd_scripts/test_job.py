@@ -30,6 +30,8 @@ def test_both_kinds_train_without_a_network(ready: Job, kind: Kind, base_models:
     result = ready.run()
     assert_completed(result, ready, kind)
     assert ready.record["trainer"] == "sd-scripts"
+    assert ready.record["versions"]["sd-scripts"].startswith("v0.10.1")
+    assert ready.record["versions"]["diffusers"] == "0.32.1"
 
 
 def test_a_stop_saves_a_state_and_publishes(ready: Job, base_models: dict[Kind, Path]) -> None:
