@@ -6,7 +6,7 @@ KIND ?= sd15
 TRAINER ?= builtin
 MODEL ?=
 DATASET ?=
-OUT ?= demo-out
+OUT ?=
 
 # The vocabulary of CLIP's tokenizers is taken from this wheel; the package itself is never imported.
 VOCABULARY := open_clip_torch==3.3.0
@@ -32,7 +32,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 demo: $(READY) ## Run the main job on this machine: S3 in, LoRA out [KIND TRAINER MODEL DATASET OUT]
-	$(VENV)/bin/python -m demo --kind $(KIND) --trainer $(TRAINER) --out $(OUT) \
+	$(VENV)/bin/python -m demo --kind $(KIND) --trainer $(TRAINER) $(if $(OUT),--out "$(OUT)") \
 		$(if $(MODEL),--model "$(MODEL)") $(if $(DATASET),--dataset "$(DATASET)")
 
 sd-scripts: $(SD_SCRIPTS)/.ready ## Get the pinned sd-scripts, with an environment of its own, into .sd-scripts
@@ -66,4 +66,4 @@ format: $(READY) ## Put the code into the style that lint checks
 	$(VENV)/bin/ruff format .
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) $(SD_SCRIPTS) $(OUT) *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SD_SCRIPTS) demo-out *.egg-info .mypy_cache .pytest_cache .ruff_cache

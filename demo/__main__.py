@@ -152,6 +152,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         asked.dataset = asked.dataset.expanduser().absolute()
         if not asked.dataset.is_dir():
             parser.error(f"--dataset: {asked.dataset} is no folder")
+        if asked.dataset.is_relative_to(asked.out):
+            parser.error(f"--dataset: {asked.dataset} is below {asked.out}, which is emptied first")
     if not (tokenizers.folder() / tokenizers.CLIP_L / tokenizers.FILES[0]).is_file():
         parser.error(f"no CLIP tokenizers in {tokenizers.folder()}; type: python -m kohya.tokenizers")
     if asked.out.exists() and any(asked.out.iterdir()):

@@ -10,10 +10,10 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
-from entrypoint import checkpoint, dataset
+from entrypoint import checkpoint, console, dataset
 from entrypoint.checkpoint import NotABaseModel
 from entrypoint.contract import Tree
 from entrypoint.dataset import DataSet
@@ -98,6 +98,11 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
         if isinstance(place, S3Uri):
             with collecting(problems):
                 storage.check_writable(place)
+        elif place is not None and (problem := _unwritable(place, "Name another folder")):
+            problems.append(problem)
+    for folder in (tree.tensorboard, tree.failure.parent):
+        if problem := _unwritable(folder, "Set SAGEMAKER_BASE_DIR to a folder of your own"):
+            problems.append(problem)
     if model is not None and files is not None:
         problems += _disk(model, files, tree, scratch)
     if problems or model is None or kind is None or merged is None or files is None:
@@ -146,13 +151,17 @@ def _header(file: BinaryIO, size: int, name: str) -> tuple[str | None, checkpoin
         return None, checkpoint.read_header(file, size)
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
-            found = [member for member in archive if member.isfile() and member.name.endswith(".safetensors")]
+            found = [member for member in archive if member.isfile() and _is_model(member.name)]
             inside = archive.extractfile(found[0]) if len(found) == 1 else None
             if inside is None:
                 raise NotABaseModel(f"the tar holds {len(found)} .safetensors files, and must hold one")
             return found[0].name, checkpoint.read_header(cast(BinaryIO, inside), found[0].size)
     except tarfile.TarError as error:
         raise NotABaseModel(f"it is not a plain tar ({error})") from error
+
+
+def _is_model(name: str) -> bool:
+    return name.endswith(".safetensors") and not PurePosixPath(name).name.startswith("._")  # of macOS
 
 
 def _toml(request: JobRequest, storage: Storage) -> list[Setting]:
@@ -172,10 +181,13 @@ def _toml(request: JobRequest, storage: Storage) -> list[Setting]:
             [Problem(where, "it has more than 1 MiB", "Give a TOML that holds the configuration alone")]
         )
     settings, problems = config.read(text, _name(file), any_depth=request.flat)
+    for setting in settings:
+        if setting.name in console.SECRET_OPTIONS:
+            console.hide(map(str, setting.value if isinstance(setting.value, list) else [setting.value]))
     if request.flat:
         asked = [setting for setting in settings if setting.name == _ESD_TAGGER]
         settings = tuple(setting for setting in settings if setting.name != _ESD_TAGGER)
-        if asked and asked[0].value not in (False, "false", ""):
+        if asked and str(asked[0].value).lower() not in ("false", ""):
             wrong = f"{_ESD_TAGGER} asks for captions, and this image holds no tagger"
             problems.append(Problem(asked[0].where, wrong, f"Write {_ESD_TAGGER} = false"))
     if problems:
@@ -270,7 +282,18 @@ def _files(source: Source, storage: Storage) -> dict[str, File]:
         return {safe_relative(item.uri, location): item for item in storage.list(location)}
     if not location.is_dir():
         raise Unfit([Problem(f"{source.where}: {location}", "it is not a folder", "Correct the path")])
-    return {path.relative_to(location).as_posix(): path for path in location.rglob("*") if path.is_file()}
+    return {path.relative_to(location).as_posix(): path for path in _walk(location)}
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Every file below a folder, through links to folders too, but never twice into the same one."""
+    seen: set[Path] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        if (real := Path(folder).resolve()) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (path for name in files if (path := Path(folder, name)).is_file())
 
 
 def _disk(model: ModelFile, files: Mapping[str, File], tree: Tree, scratch: Path) -> list[Problem]:
@@ -285,17 +308,23 @@ def _disk(model: ModelFile, files: Mapping[str, File], tree: Tree, scratch: Path
         (scratch, fetched + OUTPUT_BYTES, "the inputs and the trainer's files"),
         (tree.model, OUTPUT_BYTES, "the LoRAs"),
     ):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(folder).free
-        except OSError as error:
-            wrong = f"it cannot be made ({error.strerror})"
-            problems.append(Problem(str(folder), wrong, "Set SAGEMAKER_BASE_DIR to a folder of your own"))
+        if problem := _unwritable(folder, "Set SAGEMAKER_BASE_DIR to a folder of your own"):
+            problems.append(problem)
             continue
-        if free < needed:
-            wrong = f"{what} need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        if (free := shutil.disk_usage(folder).free) < needed:
+            wrong = f"{what} need {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free"
             problems.append(Problem(str(folder), wrong, "Give the job a larger volume (VolumeSizeInGB)"))
     return problems
+
+
+def _unwritable(folder: Path, fix: str) -> Problem | None:
+    """What keeps the job from writing to a folder, which is made if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return Problem(str(folder), f"it cannot be written to ({error.strerror})", fix)
 
 
 def _one_file(source: Source, endings: tuple[str, ...], what: str, storage: Storage) -> File:

@@ -8,31 +8,34 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 
 SECRET_OPTIONS = frozenset({"huggingface_token", "wandb_api_key"})  # sd-scripts' options that hold a secret
 _SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "WANDB_API_KEY")
 _PRESIGNED = re.compile(
     r"(?i)([?&](?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId)=)[^&\s\"']+"
 )
+_SHORTEST = 8  # characters: a shorter one would be found in words that are no secret
 _secrets: set[str] = set()
 
 
 def hide(secrets: Iterable[str]) -> None:
     """Never print these values again, wherever they turn up."""
-    _secrets.update(secret for secret in secrets if len(secret) >= 4)
+    _secrets.update(secret for secret in secrets if len(secret) >= _SHORTEST)
 
 
 def redact(text: str) -> str:
     """`text` with secrets, credentials and the signatures of presigned URLs replaced by ***."""
     known = _secrets | {os.environ.get(name, "") for name in _SECRET_VARIABLES}
-    for secret in sorted(filter(None, known), key=len, reverse=True):
+    for secret in sorted((one for one in known if len(one) >= _SHORTEST), key=len, reverse=True):
         text = text.replace(secret, "***")
     return _PRESIGNED.sub(r"\1***", text)
 
 
 def say(text: str) -> None:
-    """One line to stdout, at once."""
-    print(redact(text), flush=True)
+    """One line to stdout, at once. Nobody listening is no reason to end."""
+    with suppress(BrokenPipeError):
+        print(redact(text), flush=True)
 
 
 def warn(text: str) -> None:

@@ -17,6 +17,7 @@ from kohya.problem import Problem
 
 CHANNELS = ("model", "dataset", "config")
 FAILURE_BYTES = 980  # SageMaker keeps 1,024 characters of the failure file and adds words of its own
+_PLATFORM = ("sagemaker_", "_tuning_")  # hyperparameters that the SDK and tuning jobs add for themselves
 _MANIFEST = "-manifest"  # SageMaker puts a file <channel>-manifest beside some channels
 
 
@@ -62,7 +63,7 @@ class Tree:
     def hyperparameters(self) -> tuple[dict[str, str], list[Problem]]:
         """The job's hyperparameters. Values are strings; those that the SDK JSON-quoted are unquoted."""
         content, problems = self._read("hyperparameters.json")
-        values = {name: _unquote(value) for name, value in content.items()}
+        values = {name: _unquote(value) for name, value in content.items() if not name.startswith(_PLATFORM)}
         return {name: value for name, value in values.items() if value is not None}, problems
 
     def channels(self) -> tuple[dict[str, Channel], list[Problem]]:
@@ -111,7 +112,7 @@ class Tree:
 
         Where it cannot be written that is said, for the cause itself must not be lost over it.
         """
-        kept = redact(text).encode()[:FAILURE_BYTES].decode(errors="ignore")
+        kept = redact(text).encode(errors="backslashreplace")[:FAILURE_BYTES].decode(errors="ignore")
         try:
             self.failure.parent.mkdir(parents=True, exist_ok=True)
             self.failure.write_text(kept, encoding="utf-8")
@@ -130,7 +131,7 @@ class Tree:
             return {}, []
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             return {}, [Problem(str(path), f"it cannot be read as JSON ({error})", "Write a JSON object")]
         if not isinstance(content, dict):
             return {}, [Problem(str(path), "it is not a JSON object", 'Write {"name": "value", …}')]

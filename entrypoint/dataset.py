@@ -42,6 +42,7 @@ class DataSet:
 
     subsets: tuple[Subset, ...]
     notes: tuple[str, ...]
+    caption_extension: str  # with its dot
 
     @property
     def pictures(self) -> int:
@@ -76,6 +77,8 @@ def inspect(
         for path, size in sizes.items()
         if not any(part.startswith(".") for part in path.split("/"))
     }
+    extension = f".{caption_extension.removeprefix('.')}"
+    by_lower = {path.lower(): path for path in visible}
     folders: dict[str, list[str]] = defaultdict(list)
     for path in sorted(visible):
         if PurePosixPath(path).suffix.lower() in PICTURES:
@@ -96,8 +99,8 @@ def inspect(
         elif problem := _misplaced(folder, pictures, where, at):
             problems.append(problem)
             continue
-        found, wrongs = _captions(pictures, visible, at, caption_extension, allow_missing_captions)
-        problems += wrongs
+        found = tuple(Picture(path, _caption(path, visible, by_lower, extension)) for path in pictures)
+        problems += _caption_problems(found, visible, at, extension, allow_missing_captions)
         subsets.append(Subset(trained, _repeats(trained), found))
     if not folders:
         seen = f"among its {_count(list(visible), 'file')}" if visible else "in it"
@@ -105,7 +108,7 @@ def inspect(
         problems.append(
             Problem(where, wrong, "Put pictures with captions into N_name folders such as 10_photo there")
         )
-    return DataSet(tuple(subsets), tuple(notes)), problems
+    return DataSet(tuple(subsets), tuple(notes), extension), problems
 
 
 def link(data_set: DataSet, sources: Mapping[str, Path], root: Path) -> dict[Path, str]:
@@ -115,16 +118,17 @@ def link(data_set: DataSet, sources: Mapping[str, Path], root: Path) -> dict[Pat
     lands in `root`. Endings come out in lower case, since sd-scripts does not see x.Jpg. Returns for each
     link the file's path below the data set's root.
     """
-    links = {}
+    links: dict[Path, str] = {}
     for subset in data_set.subsets:
         folder = root / subset.folder
         folder.mkdir(parents=True)
         for picture in subset.pictures:
-            stem = PurePosixPath(picture.path).stem
-            for path in filter(None, (picture.path, picture.caption)):
-                made = folder / f"{stem}{PurePosixPath(path).suffix.lower()}"
-                made.symlink_to(sources[path])
-                links[made] = path
+            name = PurePosixPath(picture.path)
+            links[folder / f"{name.stem}{name.suffix.lower()}"] = picture.path
+            if picture.caption is not None:
+                links[folder / f"{name.stem}{data_set.caption_extension}"] = picture.caption
+    for made, path in links.items():
+        made.symlink_to(sources[path])
     return links
 
 
@@ -160,12 +164,11 @@ def _repeats(folder: str) -> int:
     return int(numbered[1] or numbered[2]) if numbered else 0
 
 
-def _captions(
-    pictures: list[str], sizes: Mapping[str, int], where: str, extension: str, allow_missing: bool
-) -> tuple[tuple[Picture, ...], list[Problem]]:
-    """Each picture with its caption; what is wrong with the captions."""
-    by_lower = {path.lower(): path for path in sizes}
-    found = tuple(Picture(path, _caption(path, sizes, by_lower, extension)) for path in pictures)
+def _caption_problems(
+    found: tuple[Picture, ...], sizes: Mapping[str, int], where: str, extension: str, allow_missing: bool
+) -> list[Problem]:
+    """What is wrong with the captions of a folder."""
+    pictures = [picture.path for picture in found]
     problems = []
     missing = [picture.path for picture in found if picture.caption is None]
     if missing and not allow_missing:
@@ -187,11 +190,11 @@ def _captions(
     if twins := [path for paths in stems.values() if len(paths) > 1 for path in paths]:
         wrong = f"{_some(twins)} with the same name, and so the same caption"
         problems.append(Problem(where, wrong, "Rename one of each"))
-    return found, problems
+    return problems
 
 
 def _caption(path: str, sizes: Mapping[str, int], by_lower: Mapping[str, str], extension: str) -> str | None:
-    name = str(PurePosixPath(path).with_suffix(extension))
+    name = f"{PurePosixPath(path).with_suffix('')}{extension}"
     return name if name in sizes else by_lower.get(name.lower())
 
 

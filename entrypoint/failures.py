@@ -4,8 +4,9 @@ JobError            1    the job failed
 ├── Unfit           2    the request cannot be trained; holds every problem that was found
 ├── StorageError    1    S3 or the disk said no (2, as a problem, while the request is checked)
 ├── TrainerFailed   1    the trainer ended without a LoRA
-├── BadLora         1    the trainer left a LoRA that does not work
-└── Stopped         143  SIGTERM: SageMaker stops the job; no failure file is written
+└── BadLora         1    the trainer left a LoRA that does not work
+
+Stopped             143  SIGTERM: SageMaker stops the job; no failure file is written
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,8 +53,8 @@ class BadLora(JobError):
     """The trainer left a LoRA that does not open, lacks keys, or holds numbers that cannot work."""
 
 
-class Stopped(JobError):
-    """SIGTERM arrived: the job is being stopped, which is no failure."""
+class Stopped(BaseException):
+    """SIGTERM arrived. No Exception, so that no library takes it for an error of its own and tries again."""
 
     exit_code = 143
 
@@ -67,3 +68,7 @@ def collecting(problems: list[Problem]) -> Iterator[None]:
         problems += error.problems
     except StorageError as error:
         problems.append(error.problem)
+    except OSError as error:  # of a path that was given
+        problems.append(
+            Problem(str(error.filename), f"it cannot be used ({error.strerror})", "Correct the path")
+        )

@@ -29,7 +29,7 @@ def run(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     storage = Storage()
-    error: Exception | None = None
+    error: BaseException | None = None
     with tempfile.TemporaryDirectory(prefix="kohya-job-") as work:
         job = Job(Tree.from_environment(), Path(work))
         job.tree.forget_failure()
@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
                 ended = train(job.prepared)
             with job.stage("verify"):
                 job.loras = verify(job.prepared, ended)
-        except Exception as caught:  # a defect of ours must leave a failure file too
+        except (Exception, Stopped) as caught:  # a defect of ours must leave a failure file too
             error = caught
         _ignore_stops()  # there is nothing left to stop, and publishing must not be cut short
         return finish(job, error, storage)
@@ -139,7 +139,7 @@ def verify(prepared: Prepared, ended: trainer.Ended) -> list[Lora]:
     return [_verified(path, prepared) for path in sorted(prepared.output.glob("*.safetensors"))]
 
 
-def finish(job: Job, error: Exception | None, storage: Storage) -> int:
+def finish(job: Job, error: BaseException | None, storage: Storage) -> int:
     """Publish whatever there is, tell how the job ended, and return the exit code."""
     exit_code, cause = _told(error)
     if exit_code not in (0, Stopped.exit_code):
@@ -149,7 +149,7 @@ def finish(job: Job, error: Exception | None, storage: Storage) -> int:
     try:
         with job.stage("publish"):
             publish.results(job, storage)
-    except (JobError, OSError) as fault:
+    except Exception as fault:  # whatever it is, the job must still tell how it ended
         unpublished = f"The results could not all be published: {fault}"
         if kept := [lora.path.name for lora in job.loras if (job.tree.model / lora.path.name).exists()]:
             unpublished += f" {', '.join(kept)} lies in {job.tree.model}."
@@ -160,7 +160,7 @@ def finish(job: Job, error: Exception | None, storage: Storage) -> int:
             warn(unpublished)
     try:
         publish.record(job, exit_code, cause, storage)
-    except (JobError, OSError) as fault:
+    except Exception as fault:
         warn(f"job.json could not be published: {fault}")
     if isinstance(error, Unfit):
         for problem in error.problems:
@@ -175,11 +175,11 @@ def finish(job: Job, error: Exception | None, storage: Storage) -> int:
     return exit_code
 
 
-def _told(error: Exception | None) -> tuple[int, str]:
+def _told(error: BaseException | None) -> tuple[int, str]:
     """The exit code, and how the job ended in a sentence that names the cause."""
     if error is None:
         return 0, ""
-    if isinstance(error, JobError):
+    if isinstance(error, JobError | Stopped):
         return error.exit_code, str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return 1, f"The disk is full ({error.filename}). Give the job a larger volume (VolumeSizeInGB)."

@@ -2,10 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from entrypoint.console import SECRET_OPTIONS, redact
+from entrypoint.failures import JobError
 from entrypoint.record import Job
 from entrypoint.request import Location
 from entrypoint.storage import Storage
@@ -20,19 +22,39 @@ def results(job: Job, storage: Storage) -> None:
     """
     if job.prepared is None or job.request is None:
         return
-    values = job.prepared.merged.values
-    kept = job.work / f"{job.prepared.output_name}.toml"
+    prepared, request = job.prepared, job.request
+    values = prepared.merged.values
     again = {name: value for name, value in values.items() if name not in config.OWNED | SECRET_OPTIONS}
-    kept.write_text(redact(config.dump(again)), encoding="utf-8")
+    kept = job.work / f"{prepared.output_name}.toml"
     loras = {lora.path.name: lora.path for lora in job.loras}
-    place({**loras, kept.name: kept}, job.tree.model)
-    for state in job.prepared.output.glob("*-state"):
-        shutil.copytree(state, job.tree.checkpoints / state.name, dirs_exist_ok=True)
-    if job.request.output is not None:
-        send(loras if job.request.flat else {**loras, kept.name: kept}, job.request.output, storage)
-    if job.request.logs is not None:
-        logs = event_logs(job.tree.tensorboard, job.started, flat=job.request.flat)
-        send(logs, job.request.logs, storage)
+    faults: list[str] = []
+    with _noted(faults):
+        place(loras, job.tree.model)
+    with _noted(faults):
+        if request.output is not None:
+            send(loras, request.output, storage)
+    with _noted(faults):
+        for state in prepared.output.glob("*-state"):
+            shutil.copytree(state, job.tree.checkpoints / state.name, dirs_exist_ok=True)
+    with _noted(faults):
+        kept.write_text(redact(config.dump(again)), encoding="utf-8")
+        place({kept.name: kept}, job.tree.model)
+        if request.output is not None and not request.flat:
+            send({kept.name: kept}, request.output, storage)
+    with _noted(faults):
+        if request.logs is not None:
+            send(event_logs(job.tree.tensorboard, job.started, flat=request.flat), request.logs, storage)
+    if faults:
+        raise JobError(" ".join(faults))
+
+
+@contextmanager
+def _noted(faults: list[str]) -> Iterator[None]:
+    """Go on after a fault: what cannot be put in one place is still put in the others."""
+    try:
+        yield
+    except (JobError, OSError) as fault:
+        faults.append(f"{str(fault).rstrip('.')}.")
 
 
 def record(job: Job, exit_code: int, cause: str, storage: Storage) -> None:

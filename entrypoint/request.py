@@ -172,7 +172,7 @@ def _from_uris(asked: Mapping[str, Setting], channels: Mapping[str, Channel]) ->
 
 
 class _Tagger(BaseModel):
-    enable_wd14_tagger: bool = False
+    enable_wd14_tagger: bool | None = None
 
 
 class _TrainingParameters(BaseModel):
@@ -184,8 +184,8 @@ class _TrainingParameters(BaseModel):
 
 class _Parameters(BaseModel):
     training_params: _TrainingParameters
-    config_params: _Tagger = _Tagger()  # the WebUI puts the captioning flag here, the API one level up
-    enable_wd14_tagger: bool = False
+    config_params: _Tagger | None = None  # the WebUI puts the captioning flag here, the API one level up
+    enable_wd14_tagger: bool | None = None
 
 
 class EsdJob(BaseModel):
@@ -211,7 +211,7 @@ def _from_esd(s3_location: Setting, kind: Kind | None, storage: Reader) -> _Plac
     if job.training_type != "kohya":
         wrong = f"training-type is {job.training_type!r}, and only kohya is trained here"
         problems.append(Problem(where, wrong, 'Write "training-type": "kohya"'))
-    if job.params.enable_wd14_tagger or job.params.config_params.enable_wd14_tagger:
+    if any(place and place.enable_wd14_tagger for place in (job.params, job.params.config_params)):
         wrong = "enable_wd14_tagger asks for captions, and this image holds no tagger"
         problems.append(Problem(where, wrong, "Write the captions yourself, and set it to false"))
     if kind not in (None, told):
@@ -309,7 +309,7 @@ def _choice(
     for choice in choices:
         if str(setting.value).lower() == choice:
             return choice
-    wrong = f"{setting.value!r} is not one of {', '.join(choices)}"
+    wrong = f"{str(setting.value)[:80]!r} is not one of {', '.join(choices)}"
     problems.append(Problem(setting.where, wrong, f"Write {setting.name}={choices[0]}"))
     return default
 
@@ -317,9 +317,9 @@ def _choice(
 def _location(setting: Setting) -> Location:
     """An S3 URI or a path. Raises Unfit for another scheme."""
     text = str(setting.value)
-    if "://" not in text:
-        return Path(text).expanduser().absolute()
     try:
-        return S3Uri.parse(text)
-    except ValueError as error:
+        if not text.isprintable():
+            raise ValueError(f"{text!r} holds characters that no path has")
+        return S3Uri.parse(text) if "://" in text else Path(text).expanduser().absolute()
+    except (ValueError, RuntimeError) as error:
         raise Unfit([Problem(setting.where, str(error), f"Write {setting.name}=s3://BUCKET/KEY")]) from error

@@ -44,11 +44,17 @@ UNREACHABLE = frozenset(
 MINIMUM = {
     "gradient_accumulation_steps": 1, "max_train_epochs": 1, "max_train_steps": 1, "network_dim": 1,
     "save_every_n_epochs": 1, "save_every_n_steps": 1, "train_batch_size": 1, "vae_batch_size": 1,
-    "bucket_reso_steps": 1, "keep_tokens": 0, "max_data_loader_n_workers": 0, "max_grad_norm": 0,
+    "bucket_reso_steps": 1, "clip_skip": 1, "seed": 0, "keep_tokens": 0, "max_data_loader_n_workers": 0,
+    "learning_rate": 0, "unet_lr": 0, "text_encoder_lr": 0, "lr_warmup_steps": 0, "max_grad_norm": 0,
+    "caption_dropout_rate": 0, "noise_offset": 0, "min_snr_gamma": 0,
 }  # fmt: skip
 
 # Where both are set sd-scripts lets epochs win (train_network.py:810): a layer that sets one drops the other.
 _LENGTHS = ("max_train_steps", "max_train_epochs")
+
+# The largest value that makes sense; any other whole number must fit into 64 bits.
+MAXIMUM = {"clip_skip": 12, "network_dim": 4096, "caption_dropout_rate": 1}
+_64_BITS = 2**63 - 1
 
 _FILE_NAMES = ("output_name", "log_prefix")
 _RESOLUTION = re.compile(r"\d+(,\d+)?")
@@ -133,7 +139,7 @@ def read(text: str, where: str, *, any_depth: bool = False) -> tuple[tuple[Setti
                     problems.append(Problem(where, wrong, "Move its keys one level up"))
                 else:
                     collect(value, depth + 1)
-            elif name in found:
+            elif name in found and not (depth > 1 and any_depth):  # ESD's API lays its tables over a template
                 wrong = f"{name} is set twice, and only one of the values can count"
                 problems.append(Problem(at, wrong, "Keep one of the two lines"))
             else:
@@ -149,7 +155,7 @@ def merge(kind: Kind, layers: Iterable[Sequence[Setting]]) -> Merged:
     notes: list[str] = []
     problems: list[Problem] = []
     for layer in layers:
-        names = {setting.name for setting in layer}
+        names = {setting.name for setting in layer if setting.value not in ("", None, [])}
         for asked, other in (_LENGTHS, _LENGTHS[::-1]):
             if asked in names and other not in names:
                 settings.pop(other, None)
@@ -202,6 +208,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"Did you mean {' or '.join(close)}?" if close else "Remove it, or correct its name"
 
 
+def _is_file_name(text: str) -> bool:
+    """Whether it leaves room for -step00000000.safetensors and the like in a name of 255 bytes."""
+    return text.isprintable() and not set(text) & set("/\\") and len(text.encode()) <= 200
+
+
 class _Wrong(Exception):
     """What is wrong with a value, and the way out."""
 
@@ -240,14 +251,17 @@ def _check_value(option: Option, value: object) -> None:
         choices = [str(choice) for choice in option.choices if choice is not None]
         close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.1)
         raise _Wrong(f"{name} = {shown} is not one of {', '.join(choices)}", f"Write {(close or choices)[0]}")
-    smallest = MINIMUM.get(name)
-    if smallest is not None and isinstance(value, int | float) and value < smallest:
-        raise _Wrong(f"{name} = {shown} is too small", f"Write {smallest} or more")
+    smallest, largest = MINIMUM.get(name, -_64_BITS), MAXIMUM.get(name, _64_BITS)
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int | float) and number < smallest:
+            raise _Wrong(f"{name} = {shown} is too small", f"Write {smallest} or more")
+        if isinstance(number, int | float) and number > largest:
+            raise _Wrong(f"{name} = {shown} is too large", f"Write {largest} or less")
     if name == "resolution" and not _RESOLUTION.fullmatch(str(value)):
         raise _Wrong(f"resolution = {shown} is not pixels", 'Write resolution = "512,512"')
     if name == "save_model_as" and value != "safetensors":
         raise _Wrong(f"save_model_as = {shown} makes a pickle", 'Write save_model_as = "safetensors"')
-    if name in _FILE_NAMES and not re.fullmatch(r"[^/\\\0\n]{1,128}", str(value)):
+    if name in _FILE_NAMES and not _is_file_name(str(value)):
         raise _Wrong(f"{name} = {shown} cannot be part of a file name", f'Write {name} = "my_lora"')
 
 

@@ -1,9 +1,7 @@
 """An S3 server for tests: the one that TEST_S3_ENDPOINT names, with the keys that AWS_ACCESS_KEY_ID and
 AWS_SECRET_ACCESS_KEY hold, else moto's on a free loopback port.
 
-    ../shared/engine/s3 up
-    export AWS_ACCESS_KEY_ID=testing1 AWS_SECRET_ACCESS_KEY=testingsecret
-    TEST_S3_ENDPOINT=http://127.0.0.1:15010 make test
+    AWS_ACCESS_KEY_ID=… AWS_SECRET_ACCESS_KEY=… TEST_S3_ENDPOINT=http://127.0.0.1:9000 make test
 
 tests/conftest.py makes the fixtures known: from tests.s3 import bucket, s3
 """

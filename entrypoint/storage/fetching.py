@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,6 +36,7 @@ PART = 32 * MIB  # measured: 8 MiB ranges are a fifth slower, larger ones no fas
 OBJECTS_AT_ONCE = 16  # small objects wait for S3's answer, not for bandwidth
 PARTS_AT_ONCE = min(16, 4 * (os.cpu_count() or 1))  # S3 gives one connection 85 to 90 MB/s
 ATTEMPTS = 4
+_LEFT_SECONDS = 86400.0  # after which unfinished files are nobody's
 _STOP_SECONDS = 2.0  # how long an interrupted fetch waits for its threads
 
 
@@ -57,7 +59,8 @@ class Fetch:
         self._storage = storage
         self._record = record
         self._progress = progress
-        self._unfinished = record.folder / "unfinished"
+        # Of its own: another job may fetch to the same folder at the same time.
+        self._unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=record.folder))
         self._numbers = itertools.count()
         self._stop = threading.Event()
         self._objects = ThreadPoolExecutor(OBJECTS_AT_ONCE, "fetch")
@@ -68,8 +71,9 @@ class Fetch:
         finished: SimpleQueue[Future[Fetched]] = SimpleQueue()
         futures: list[Future[Fetched]] = []
         results: list[Fetched] = []
-        shutil.rmtree(self._unfinished, ignore_errors=True)  # of a job that was killed
-        self._unfinished.mkdir(parents=True)
+        for left in self._record.folder.glob("unfinished-*"):  # of a job that was killed
+            if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
         try:
             for path, source in wanted.items():
                 futures.append(self._objects.submit(self._one, path, source))
@@ -303,7 +307,8 @@ class Record:
         self._lock = threading.Lock()
         self._lines: dict[str, Mapping[str, Any]] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        for line in self._file.read_text().splitlines() if self._file.exists() else ():
+        text = self._file.read_text(encoding="utf-8", errors="replace") if self._file.exists() else ""
+        for line in text.splitlines():
             try:
                 entry = json.loads(line)
                 self._lines[entry["path"]] = entry

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -209,7 +210,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_full_disk_is_seen_before_the_fetch(ready: Job, small_disk: Path) -> None:
     ready.environment["TMPDIR"] = str(small_disk)
-    assert_refused(ready, ready.run(), str(small_disk), "0.1 GB are free", "VolumeSizeInGB")
+    assert_refused(ready, ready.run(), str(small_disk), "MB are free", "VolumeSizeInGB")
 
 
 def test_a_picture_that_cannot_be_read_fails_the_job(ready: Job, tmp_path: Path, pictures: Path) -> None:
@@ -255,7 +256,7 @@ def test_a_tree_that_cannot_be_written(job: Job, base_models: dict[Kind, Path], 
     flags = (f"--model_uri={base_models['sd15']}", f"--dataset_uri={pictures}")
     result = job.run("--trainer=builtin", *flags)
     assert result.code == 2
-    assert "/dev/null/ml/model: it cannot be made" in result.err
+    assert "/dev/null/ml/model: it cannot be written to" in result.err
     assert "SAGEMAKER_BASE_DIR" in result.err
     assert "Traceback" not in result.err
 
@@ -272,3 +273,66 @@ def test_a_failure_file_does_not_outlive_the_next_job(ready: Job) -> None:
     assert ready.failure is not None
     assert ready.run("--max_train_epochs=1").code == 0
     assert ready.failure is None
+
+
+def test_fp16_needs_a_gpu(ready: Job) -> None:
+    if shutil.which("nvidia-smi"):
+        pytest.skip("this machine has a GPU")
+    assert_refused(ready, ready.run("--mixed_precision=fp16"), "does not run on a CPU", "mixed_precision=no")
+
+
+def test_a_configuration_that_is_no_configuration(ready: Job, tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text("#" * (1 << 20) + "\nseed = 1")
+    assert_refused(ready, ready.run(f"--config_uri={tmp_path / 'job.toml'}"), "it has more than 1 MiB")
+
+
+def test_a_secret_in_the_toml_is_not_told(ready: Job, tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text('huggingface_token = ["hf_verysecret"]\nseed = "hf_verysecret"')
+    result = ready.run(f"--config_uri={tmp_path / 'job.toml'}")
+    assert_refused(ready, result, 'seed = "***" is not a whole number')
+    assert "verysecret" not in result.out + result.err + str(ready.failure)
+
+
+def test_a_linked_folder_is_seen(ready: Job, tmp_path: Path, pictures: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "2_shape").symlink_to(pictures / "2_shape")
+    (tmp_path / "data" / "loop").symlink_to(tmp_path / "data")
+    (ready.tree / "input/data/dataset").unlink()
+    ready.mount("dataset", tmp_path / "data")
+    result = ready.run("--seed=x")  # any mistake, so that nothing is trained
+    assert_refused(ready, result, "seed")
+    assert "no picture" not in result.err
+
+
+def test_a_results_folder_that_is_a_file(ready: Job, tmp_path: Path) -> None:
+    ready.model.parent.mkdir(exist_ok=True)
+    ready.model.write_text("")
+    (tmp_path / "out").write_text("")
+    result = ready.run(f"--output_uri={tmp_path / 'out'}")
+    assert result.code == 2
+    assert f"{ready.model}: it cannot be written to" in result.err
+    assert f"{tmp_path / 'out'}: it cannot be written to" in result.err
+    assert ready.failure is not None
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """The address of a server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("flag", ["--s3_location=s3://b/p.json", "--model_uri=s3://b/m.safetensors"])
+def test_a_stop_while_s3_does_not_answer(ready: Job, silent_server: str, tmp_path: Path, flag: str) -> None:
+    """In resolve, and in check: no library may take the stop for an error of its own, and try again."""
+    (ready.tree / "input/data/model/sd15.safetensors").unlink()
+    (ready.tree / "input/data/model").rmdir()
+    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x" * 9, "AWS_REGION": "us-east-1"}
+    ready.environment |= {"AWS_ENDPOINT_URL_S3": silent_server, **keys}
+    process = ready.start(flag)
+    time.sleep(3)
+    process.terminate()
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 143, out + err
+    assert ready.failure is None
+    assert "The job was stopped" in out

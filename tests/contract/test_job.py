@@ -106,6 +106,9 @@ def test_channels_with_hyperparameters(
 
     assert_completed(result, job, kind)
     assert sorted(pictures.rglob("*")) == before
+    assert f"fetch: reading {model / base_models[kind].name} once, in order" in result.out
+    copies = list(job.scratch.glob("*/inputs/*/*.safetensors"))
+    assert [copy.stat().st_size for copy in copies] == [base_models[kind].stat().st_size]
     assert job.record["kind"] == kind
     assert job.record["versions"]["diffusers"] == "0.32.1"
     assert job.record["job"] == "squares-1"

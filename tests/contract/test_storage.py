@@ -249,6 +249,22 @@ def test_a_listing_of_nothing_is_empty(bucket: S3Uri) -> None:
     assert list(Storage().list(bucket / "nothing")) == []
 
 
+def test_two_fetches_to_one_folder_do_not_disturb_each_other(
+    s3: S3Server, bucket: S3Uri, tmp_path: Path
+) -> None:
+    contents = [bytes([number]) * (1 << 20) for number in range(12)]
+    for number, content in enumerate(contents):
+        put(s3, bucket / str(number), content)
+    with ThreadPoolExecutor(4) as jobs:
+        wanted = [
+            {f"{job}/{number}": Storage().head(bucket / str(number)) for number in range(job, 12, 4)}
+            for job in range(4)
+        ]
+        for fetched in jobs.map(lambda some: Storage().fetch(some, tmp_path), wanted):
+            assert all(item.path.read_bytes() == contents[int(item.path.name)] for item in fetched)
+    assert [path.name for path in (tmp_path / FETCH_FOLDER).iterdir()] == ["record.jsonl"]
+
+
 def test_checking_that_a_folder_can_be_written_leaves_nothing_there(s3: S3Server, bucket: S3Uri) -> None:
     Storage().check_writable(bucket / "out")
     client = s3.client()

@@ -117,6 +117,12 @@ def test_a_hyperparameter_is_read_as_its_options_type(name: str, sent: str, read
         ("max_token_length = 100", "is not one of 150, 225"),
         ("train_batch_size = 0", "is too small. Write 1 or more"),
         ("max_train_steps = 0", "is too small"),
+        ("clip_skip = 99", "clip_skip = 99 is too large. Write 12 or less"),
+        ("learning_rate = -1", "is too small. Write 0 or more"),
+        ("text_encoder_lr = [1e-5, -1]", "is too small"),
+        ("seed = 99999999999999999999999", "is too large"),
+        ("caption_dropout_rate = 1.5", "is too large"),
+        ("output_name = '" + "猫" * 100 + "'", "cannot be part of a file name"),
         ("resolution = 'big'", 'Write resolution = "512,512"'),
         ("save_model_as = 'ckpt'", "makes a pickle"),
         ("output_name = '../x'", "cannot be part of a file name"),
@@ -151,6 +157,17 @@ def test_what_can_be_mended_is_mended_and_said() -> None:
 
 def test_empty_values_are_not_set_and_unset_a_lower_layer() -> None:
     assert merged('reg_data_dir = ""\nnetwork_args = []\nseed = 1', seed="").values == {}
+
+
+def test_an_empty_length_drops_no_other() -> None:
+    assert merged("max_train_epochs = 1", max_train_steps="").values == {"max_train_epochs": 1}
+
+
+def test_esds_tables_lie_over_its_template() -> None:
+    text = "[training]\nnetwork_dim = 32\n[training.additional_network]\nnetwork_dim = 8"
+    settings, problems = config.read(text, "job.toml", any_depth=True)
+    assert problems == []
+    assert config.merge("sd15", [settings]).values == {"network_dim": 8}
 
 
 def test_the_later_wish_for_the_length_counts() -> None:

@@ -55,6 +55,20 @@ def test_hyperparameters_lose_the_quotes_that_the_sdk_adds(tree: Tree, sent: str
     assert tree.hyperparameters() == ({"name": meant}, [])
 
 
+def test_what_the_platform_adds_for_itself_is_ignored(tree: Tree) -> None:
+    put(
+        tree,
+        "hyperparameters.json",
+        {"_tuning_objective_metric": "loss", "sagemaker_program": "x.py", "seed": "1"},
+    )
+    assert tree.hyperparameters() == ({"seed": "1"}, [])
+
+
+def test_a_failure_that_is_no_text_is_written_all_the_same(tree: Tree) -> None:
+    tree.write_failure("picture caf\udce9.png")
+    assert tree.failure.read_text() == "picture caf\\udce9.png"
+
+
 def test_null_hyperparameters_are_not_set(tree: Tree) -> None:
     put(tree, "hyperparameters.json", {"a": "null", "b": None, "c": "1"})
     assert tree.hyperparameters()[0] == {"c": "1"}

@@ -94,6 +94,18 @@ def test_captions_of_another_ending_are_missing() -> None:
     assert inspect(sizes, "x", caption_extension=".caption")[1] == []
 
 
+@pytest.mark.parametrize(
+    ("extension", "name"), [(".TXT", "a.TXT"), (".cap.txt", "a.cap.txt"), ("txt", "a.txt")]
+)
+def test_captions_keep_the_ending_that_the_trainer_looks_for(
+    extension: str, name: str, tmp_path: Path
+) -> None:
+    data_set, problems = inspect({"1_cat/a.png": 10, f"1_cat/{name}": 10}, "x", caption_extension=extension)
+    assert problems == []
+    links = link(data_set, {path: tmp_path / path for path in data_set.files}, tmp_path / "tree")
+    assert {path.name for path in links} == {"a.png", name}
+
+
 def test_an_empty_caption_is_refused() -> None:
     problems = inspect({"1_cat/a.png": 10, "1_cat/a.txt": 0}, "x")[1]
     assert "1 empty caption (a.txt)" in str(problems[0])

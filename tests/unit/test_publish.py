@@ -1,7 +1,13 @@
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from entrypoint.publish import event_logs, place
+import pytest
+
+from entrypoint.contract import Tree
+from entrypoint.failures import JobError
+from entrypoint.publish import event_logs, place, results
 
 
 def test_placing_replaces_whole_files_and_leaves_no_parts(tmp_path: Path) -> None:
@@ -33,3 +39,26 @@ def test_event_logs_of_this_run_alone_flat_where_esd_reads_them(tmp_path: Path) 
         "now/network_train/events.out.tfevents.2.host",
     ]
     assert list(event_logs(tmp_path, 150, flat=True)) == ["events.out.tfevents.2.host"]
+
+
+def test_what_cannot_be_put_in_one_place_is_still_put_in_the_others(tmp_path: Path) -> None:
+    lora, output = tmp_path / "cat.safetensors", tmp_path / "elsewhere"
+    lora.write_text("a LoRA")
+    tree = Tree(tmp_path / "ml")
+    tree.base.mkdir()
+    tree.model.write_text("a file where the folder should be")
+    job: Any = SimpleNamespace(
+        tree=tree,
+        work=tmp_path,
+        started=0.0,
+        loras=[SimpleNamespace(path=lora)],
+        request=SimpleNamespace(output=output, logs=None, flat=False),
+        prepared=SimpleNamespace(
+            output_name="cat",
+            output=tmp_path,
+            merged=SimpleNamespace(values={"seed": 1, "wandb_api_key": "x"}),
+        ),
+    )
+    with pytest.raises(JobError, match="model"):
+        results(job, SimpleNamespace())  # type: ignore[arg-type]
+    assert (output / "cat.safetensors").read_text() == "a LoRA"
