@@ -154,8 +154,10 @@ def test_uris_as_flags(
     assert lora == (job.model / "shape.safetensors").read_bytes()
     values = tomllib.loads((job.model / "shape.toml").read_text())
     assert (values["seed"], values["network_dim"]) == (7, 4)
-    assert {item["verified"] for item in job.record["inputs"]} <= {"crc32", "crc64nvme", "md5"}
-    assert all(item["checksum"] for item in job.record["inputs"])
+    for item in job.record["inputs"]:  # of an object in several parts some servers hold no checksum at all
+        whole = s3.stand_in or "/cats/" in item["uri"]
+        assert (item["verified"] != "size") >= whole, item
+        assert bool(item["checksum"]) == (item["verified"] != "size")
     assert {item["uri"] for item in job.record["inputs"]} >= {f"{bucket / 'models/base.safetensors'}"}
     if kind == "sd15":
         again = job.run(*flags, "--max_train_epochs=1")
