@@ -8,20 +8,16 @@ tests/conftest.py makes the fixtures known: from tests.s3 import bucket, s3
 
 import os
 import socket
-import subprocess
-import sys
-import time
-import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
 from botocore.config import Config
 
+from demo.server import s3_server
 from entrypoint.storage import S3Uri
 
 
@@ -46,24 +42,14 @@ class S3Server:
 
 
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+def s3() -> Iterator[S3Server]:
     """The S3 server that the whole test run uses."""
     given = os.environ.get("TEST_S3_ENDPOINT")
     if given:
         yield S3Server(given, stand_in=False, environment=_environment(given))
         return
-    port = free_port()
-    endpoint = f"http://127.0.0.1:{port}"
-    log = tmp_path_factory.mktemp("moto") / "log"
-    with log.open("w") as output:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        server = subprocess.Popen(command, stdout=output, stderr=output)
-        try:
-            _wait(server, endpoint, log)
-            yield S3Server(endpoint, stand_in=True, environment=_environment(endpoint))
-        finally:
-            server.terminate()
-            server.wait()
+    with s3_server() as endpoint:
+        yield S3Server(endpoint, stand_in=True, environment=_environment(endpoint))
 
 
 @pytest.fixture
@@ -107,15 +93,3 @@ def _environment(endpoint: str) -> dict[str, str]:
         "AWS_REGION": os.environ.get("AWS_REGION", "us-east-1"),
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-
-
-def _wait(server: "subprocess.Popen[bytes]", endpoint: str, log: Path) -> None:
-    for _ in range(300):
-        if server.poll() is not None:
-            break
-        try:
-            urllib.request.urlopen(endpoint, timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise RuntimeError(f"moto's server did not start: {log.read_text()}")
