@@ -48,10 +48,11 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class Gpu:
-    """The first GPU of this machine."""
+    """The GPUs of this machine: the first one, and how many there are."""
 
     name: str
     capability: float  # CUDA compute capability: 7.5 for a T4, 8.6 for an A10G
+    count: int
 
 
 @dataclass(frozen=True)
@@ -111,16 +112,23 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
 
 
 def find_gpu() -> Gpu | None:
-    """The first GPU, as the driver's own tool tells it; None where there is none."""
+    """The GPUs, as the driver's own tool tells them; None where there is none."""
     if shutil.which("nvidia-smi") is None:
         return None
     query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     try:
         told = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
         name, capability = told.splitlines()[0].rsplit(",", 1)
-        return Gpu(name.strip(), float(capability))
+        count = _visible(len(told.splitlines()))
+        return Gpu(name.strip(), float(capability), count) if count else None
     except (subprocess.SubprocessError, OSError, IndexError, ValueError):
         return None
+
+
+def _visible(count: int) -> int:
+    """How many of `count` GPUs the trainer will see."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return count if named is None else min(count, len([name for name in named.split(",") if name.strip()]))
 
 
 def _model(request: JobRequest, storage: Storage) -> tuple[ModelFile, Kind]:
@@ -231,6 +239,9 @@ def _trainer(
     if not (tokenizers.folder() / tokenizers.CLIP_L / tokenizers.FILES[0]).exists():
         wrong = f"the CLIP tokenizers are not in {tokenizers.folder()}"
         problems.append(Problem(f"trainer {request.trainer}", wrong, "Type: python -m kohya.tokenizers"))
+    if "resume" in merged.settings:
+        merged, wrong_state = _resumed(merged)
+        problems += wrong_state
     if request.trainer == "builtin":
         return None, merged, [*problems, *_builtin(kind, merged)]
     try:
@@ -240,6 +251,16 @@ def _trainer(
         return None, merged, [*problems, Problem("trainer sd-scripts", str(error), fix)]
     merged, wrongs = _sd_scripts(found, kind, merged, gpu)
     return found, merged, [*problems, *wrongs]
+
+
+def _resumed(merged: Merged) -> tuple[Merged, list[Problem]]:
+    """The configuration of a run that goes on from a state, and what is wrong with the state's folder."""
+    resume = merged.settings["resume"]
+    folder = Path(str(resume.value)).expanduser().absolute()
+    if not (folder / "train_state.json").is_file():
+        wrong = f"{folder} is no state: there is no train_state.json in it"
+        return merged, [Problem(resume.where, wrong, "Name a folder such as lora-step00000012-state")]
+    return config.change(merged, {"resume": str(folder)}, resume.where), []
 
 
 def _builtin(kind: Kind, merged: Merged) -> list[Problem]:
@@ -272,7 +293,8 @@ def _sd_scripts(
             problems.append(Problem(where, wrong, f"Type: {found.python} -m pip install {module}"))
     if kind == "sdxl" and values["mixed_precision"] == "fp16" and not values.get("no_half_vae"):
         merged = config.change(merged, {"no_half_vae": True}, "SDXL's VAE makes NaN in fp16")
-    return config.change(merged, {"console_log_simple": True}, "the job"), problems
+    own = {"console_log_simple": True, **({"skip_until_initial_step": True} if "resume" in values else {})}
+    return config.change(merged, own, "the job"), problems
 
 
 def _files(source: Source, storage: Storage) -> dict[str, File]:

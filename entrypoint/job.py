@@ -21,7 +21,7 @@ from entrypoint.failures import BadLora, JobError, Problem, Stopped, StorageErro
 from entrypoint.record import Inputs, Job, Prepared
 from entrypoint.request import resolve
 from entrypoint.storage import RemoteObject, Storage
-from kohya import config, tokenizers
+from kohya import config, states, tokenizers
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -112,11 +112,12 @@ def train(prepared: Prepared) -> trainer.Ended:
     plan, config_file = prepared.plan, prepared.config_file
     temporary = prepared.log.with_name("tmp")  # where workers and compilers leave things
     temporary.mkdir()
-    environment = {"TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1"}
+    every = str(plan.request.state_every_minutes)
+    environment = {"TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1", states.VARIABLE: every}
     if plan.sd_scripts is None:
         command = [sys.executable, "-m", "kohya.builtin", plan.kind, f"--config_file={config_file}"]
     else:
-        command = plan.sd_scripts.command(plan.kind, config_file)
+        command = plan.sd_scripts.command(plan.kind, config_file, plan.gpu.count if plan.gpu else 1)
         environment |= plan.sd_scripts.environment()
     return trainer.run(command, environment, prepared.log)
 

@@ -12,6 +12,7 @@ from entrypoint.console import say
 from kohya.metrics import Start, Step
 
 NAN_STEPS = 10  # in a row, after which nothing good can come
+SILENCE_SECONDS = 60.0  # after which a line says what is waited for; then after twice as long, and so on
 SECONDS_BETWEEN_LINES = 1.0  # a fast trainer makes more steps than anyone reads, and CloudWatch bills lines
 
 
@@ -26,6 +27,15 @@ class Progress:
         self._first: tuple[float, int] | None = None  # when this run's first step was done, and its number
         self._told = -SECONDS_BETWEEN_LINES
         self._nan_steps = 0
+        self._heard = clock()  # when the trainer was last heard of
+        self._patience = SILENCE_SECONDS
+        self._last_line = ""
+        self._step: int | None = None
+
+    @property
+    def pid(self) -> int:
+        """The process to send SIGTERM to; 0 until the trainer has told."""
+        return self._start.pid if self._start else 0
 
     @property
     def alarm(self) -> str | None:
@@ -39,6 +49,8 @@ class Progress:
 
     def take(self, record: Start | Step) -> None:
         """Tell what a record says."""
+        self._hear()
+        self._step = record.step
         if isinstance(record, Start):
             self._start = record
             if self._terminal:
@@ -62,8 +74,26 @@ class Progress:
             self._bar.close()
             self._bar = None
 
+    def listen(self) -> None:
+        """Where nothing was heard for long, say so, and what is waited for."""
+        silent = self._clock() - self._heard
+        if silent < self._patience:
+            return
+        self._patience *= 2
+        awaited = f"step {self._step + 1}" if self._step is not None else "the first step"
+        last = f"; its last line was: {self._last_line}" if self._last_line else ""
+        self._print(f"train: nothing from the trainer for {silent:.0f} s, waiting for {awaited}{last}")
+
     def write(self, text: str) -> None:
         """Print a line that is no record, above the progress bar if there is one."""
+        self._hear()
+        self._last_line = text
+        self._print(text)
+
+    def _hear(self) -> None:
+        self._heard, self._patience = self._clock(), SILENCE_SECONDS
+
+    def _print(self, text: str) -> None:
         if self._bar is None:
             say(text)
         else:

@@ -8,6 +8,7 @@ After this no code asks where a value came from, but to name it in a message.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ _Choice = TypeVar("_Choice", bound=str)
 _SMALL = 1 << 20  # bytes; larger than any parameter JSON or TOML that a person writes
 _URIS = (*(f"{channel}_uri" for channel in CHANNELS), "output_uri", "logs_uri")
 _OPTIONS = frozenset({*config.options(), *config.ALIASES})
-_JOB = ("kind", "trainer", "allow_missing_captions", "s3_location", *_URIS)
+_JOB = ("kind", "trainer", "allow_missing_captions", "state_every_minutes", "s3_location", *_URIS)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class JobRequest:
     logs: Location | None
     flat: bool  # ESD reads `output` and `logs`: nothing but flat LoRAs, and one flat event file
     allow_missing_captions: bool
+    state_every_minutes: float  # 0: a state is saved only when the job is stopped
     layers: tuple[tuple[Setting, ...], ...]  # sd-scripts options above the TOML: hyperparameters, flags
     problems: tuple[Problem, ...]  # told together with those that `check` finds
 
@@ -114,6 +116,7 @@ def resolve(arguments: Sequence[str], tree: Tree, storage: Reader) -> JobRequest
         logs=places.logs,
         flat=places.flat,
         allow_missing_captions=allow_missing == "true",
+        state_every_minutes=_minutes(asked.get("state_every_minutes"), 5, problems),
         layers=tuple(
             tuple(one for one in named if one.name in _OPTIONS and one.where.startswith(origin))
             for origin in ("hyperparameter", "flag")
@@ -311,6 +314,21 @@ def _choice(
             return choice
     wrong = f"{str(setting.value)[:80]!r} is not one of {', '.join(choices)}"
     problems.append(Problem(setting.where, wrong, f"Write {setting.name}={choices[0]}"))
+    return default
+
+
+def _minutes(setting: Setting | None, default: float, problems: list[Problem]) -> float:
+    """The number of minutes that a setting gives, 0 or more."""
+    if setting is None:
+        return default
+    try:
+        minutes = float(str(setting.value))
+    except ValueError:
+        minutes = math.nan
+    if 0 <= minutes < math.inf:
+        return minutes
+    wrong = f"{str(setting.value)[:80]!r} is no number of minutes"
+    problems.append(Problem(setting.where, wrong, f"Write {setting.name}={default:g}, or 0 for never"))
     return default
 
 

@@ -1,14 +1,18 @@
 """The trainer as a child process: started, listened to, stopped. Its exit code is not believed."""
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from entrypoint.console import redact, say
 from entrypoint.diagnosis import diagnose
@@ -18,6 +22,7 @@ from kohya import metrics
 
 STOP_SECONDS = 75  # of the 120 that SageMaker gives: the rest is for publishing
 _TAIL_LINES = 40
+_PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
 @dataclass(frozen=True)
@@ -33,22 +38,26 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> En
     """Run `command` to its end; print its lines and its steps, and keep its lines in `log`.
 
     When Stopped is raised here (SIGTERM), the trainer gets SIGTERM and STOP_SECONDS to save a state. Its
-    loader workers do not: without them it could not end its step. Whatever is left of its process group at
-    the end is killed.
+    loader workers do not: without them it could not end its step. At the end every process that came of it
+    is killed, in whatever session it is.
     """
-    read_end, write_end = os.pipe()
+    pipe = log.with_name("metrics")
+    os.mkfifo(pipe)
+    read_end = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # does not wait for a writer
+    write_end = os.open(pipe, os.O_WRONLY)  # held until the end, so that the reader sees no end before it
+    os.set_blocking(read_end, True)
     progress = Progress()
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
+    _adopt_orphans()
+    before = _descendants()
     child = subprocess.Popen(
         command,
-        env={**os.environ, **environment, metrics.VARIABLE: str(write_end), "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, **environment, metrics.VARIABLE: str(pipe), "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        pass_fds=(write_end,),
         start_new_session=True,
     )
-    os.close(write_end)
     listeners = (
         threading.Thread(target=_take_records, args=(child, read_end, progress), daemon=True),
         threading.Thread(target=_take_lines, args=(child, log, progress, tail), daemon=True),
@@ -56,24 +65,56 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> En
     for listener in listeners:
         listener.start()
     try:
-        child.wait()
+        _wait(child, progress)
     except Stopped:
         say(f"train: asked the trainer to stop; it has {STOP_SECONDS} s to save a state")
-        child.terminate()
+        with suppress(ProcessLookupError):
+            os.kill(progress.pid or child.pid, signal.SIGTERM)
         try:
             child.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             say("train: the trainer did not stop and is killed")
         raise
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+        child.kill()
         child.wait()
+        _kill(lambda: _descendants() - before)
+        os.close(write_end)
         for listener in listeners:
             listener.join(timeout=10)
         progress.close()
     cause = progress.alarm or (diagnose(child.returncode, tail) if child.returncode else None)
     return Ended(child.returncode, tuple(tail), cause)
+
+
+def _wait(child: "subprocess.Popen[bytes]", progress: Progress) -> None:
+    """Wait for the end, and say now and then that nothing else is heard."""
+    while True:
+        try:
+            child.wait(1)
+            return
+        except subprocess.TimeoutExpired:
+            progress.listen()
+
+
+def _adopt_orphans() -> None:
+    """Let processes that lose their parent become this one's children, so that they are found at the end."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _descendants() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _kill(left: Callable[[], set[psutil.Process]]) -> None:
+    """Kill what is `left` of the trainer: the processes of a launcher have sessions of their own."""
+    for _ in range(3):  # the children of one that is killed become this process's, and are reaped in turn
+        processes = left()
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes, timeout=5)
 
 
 def _take_records(child: "subprocess.Popen[bytes]", read_end: int, progress: Progress) -> None:

@@ -36,7 +36,7 @@ UNREACHABLE = frozenset(
     {
         "base_weights", "conditioning_data_dir", "config_file", "console_log_file", "dataset_config",
         "in_json", "log_tracker_config", "network_weights", "offload_optimizer_nvme_path",
-        "offload_param_nvme_path", "reg_data_dir", "resume", "sample_prompts", "vae",
+        "offload_param_nvme_path", "reg_data_dir", "sample_prompts", "vae",
     }
 )  # fmt: skip
 

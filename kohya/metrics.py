@@ -1,14 +1,14 @@
 """The pipe on which a trainer tells the job how it goes: one JSON object a line.
 
-The job opens a pipe, hands its write end to the trainer, and names it in KOHYA_METRICS_FD. Without that
-variable nothing is written.
+The job makes a named pipe and tells its path in KOHYA_METRICS: a name reaches a trainer that is started by
+another program too. Without that variable nothing is written.
 
-    {"event":"start","steps":64,"epochs":2,"images_per_step":4,"step":0}
+    {"event":"start","steps":64,"epochs":2,"images_per_step":4,"step":0,"pid":17}
     {"event":"step","step":1,"epoch":1,"loss":0.12,"avg_loss":0.13,"lr":{"unet":0.0001}}
 
 `steps` and `step` count optimizer steps, `epoch` begins at 1, `loss` is the step's own and `avg_loss` the
-mean over the last epoch. A `start` with a `step` above 0 is a run that goes on from a state. A loss that is
-not a number is null.
+mean over the last epoch. A `start` with a `step` above 0 is a run that goes on from a state. `pid` is the
+process to send SIGTERM to. A loss that is not a number is null.
 """
 
 import json
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
-VARIABLE = "KOHYA_METRICS_FD"
+VARIABLE = "KOHYA_METRICS"
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Start:
     epochs: int
     images_per_step: int
     step: int = 0
+    pid: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,25 +47,36 @@ Record = Start | Step
 
 
 class Writer:
-    """Writes records to the pipe that KOHYA_METRICS_FD names; does nothing without it.
+    """Writes records to the pipe that KOHYA_METRICS names; does nothing without it.
 
-    A reader that has gone away, or a number that names no open file, ends the writing, never the training.
+    A pipe that is not there, or that nobody reads any more, ends the writing, never the training.
     """
 
     def __init__(self) -> None:
-        name = os.environ.get(VARIABLE, "")
-        self._descriptor = int(name) if name.isdecimal() else None
+        self._pipe: int | None = None
+        if path := os.environ.get(VARIABLE):
+            try:
+                self._pipe = os.open(path, os.O_WRONLY | os.O_NONBLOCK)  # fails where there is no reader
+                os.set_blocking(self._pipe, True)
+            except OSError:
+                self.close()
 
     def write(self, record: Record) -> None:
-        if self._descriptor is None:
+        if self._pipe is None:
             return
         event = {"event": type(record).__name__.lower()}
         values = {key: _finite(value) for key, value in asdict(record).items()}
         line = json.dumps({**event, **values}, separators=(",", ":")) + "\n"
         try:
-            os.write(self._descriptor, line.encode())  # one write below PIPE_BUF is never torn apart
+            os.write(self._pipe, line.encode())  # one write below PIPE_BUF is never torn apart
         except OSError:  # Python ignores SIGPIPE, so a closed pipe arrives here
-            self._descriptor = None
+            self.close()
+
+    def close(self) -> None:
+        """Write no more."""
+        if self._pipe is not None:
+            os.close(self._pipe)
+            self._pipe = None
 
 
 def read(stream: IO[str]) -> Iterator[Record]:

@@ -8,6 +8,7 @@ The checkout is the one that SD_SCRIPTS_DIR names, else .sd-scripts/checkout bes
 
 import hashlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -45,10 +46,18 @@ class SdScripts:
     folder: Path
     python: Path
 
-    def command(self, kind: "Kind", config_file: Path) -> list[str]:
-        """Start training on one device, in the launcher that reports steps and saves a state on SIGTERM."""
+    def command(self, kind: "Kind", config_file: Path, devices: int = 1) -> list[str]:
+        """Start training in the launcher that reports steps and saves states; one process a device."""
+        launcher = []
+        if devices > 1:
+            several = (
+                f"--multi_gpu --num_machines=1 --num_processes={devices} --main_process_port={_free_port()}"
+            )
+            quiet = "--mixed_precision=no --dynamo_backend=no"  # the script has its own
+            launcher = ["-m", "accelerate.commands.launch", *several.split(), *quiet.split()]
         script = self.folder / SCRIPTS[kind]
-        return [str(self.python), "-m", "kohya.launch", str(script), f"--config_file={config_file}"]
+        module = ["-m", "kohya.launch", str(script), f"--config_file={config_file}"]
+        return [str(self.python), *launcher, *module]
 
     def environment(self) -> dict[str, str]:
         """What its process needs: this package to import."""
@@ -93,6 +102,13 @@ def find() -> SdScripts:
     own = _HOME / "venv" / "bin" / "python"
     python = os.environ.get("SD_SCRIPTS_PYTHON") or (str(own) if own.exists() else sys.executable)
     return SdScripts(folder.resolve(), Path(python))
+
+
+def _free_port() -> int:
+    """A port of this machine for the processes to meet at: with 0 they would wait for each other for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
 
 
 def _blob(file: Path) -> str:

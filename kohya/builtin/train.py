@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from kohya.builtin.lora import LoRA
 from kohya.builtin.model import VAE_SCALE, BaseModel, encode, load_base_model
 from kohya.builtin.options import Options
 from kohya.config import Kind
+from kohya.states import Timer
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
 OutOfMemoryError = torch.OutOfMemoryError
@@ -138,7 +140,7 @@ class _Run:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _schedule(options, self.steps))
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.noise = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False)  # :212-214
-        self.metrics = metrics.Writer()
+        self.metrics, self.timer = metrics.Writer(), Timer()
         logs = Path(options.logging_dir or "", f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}")
         self.events = SummaryWriter(str(logs / "network_train")) if options.logging_dir else None
         self.at = state.Position(fingerprint=self._fingerprint())
@@ -159,7 +161,7 @@ class _Run:
         """All epochs that are left, then the LoRA. Raises SystemExit(143) where `stop` asks for it."""
         options, at = self.options, self.at
         images = options.train_batch_size * options.gradient_accumulation_steps
-        self.metrics.write(metrics.Start(self.steps, self.epochs, images, at.current_step))
+        self.metrics.write(metrics.Start(self.steps, self.epochs, images, at.current_step, os.getpid()))
         while at.current_step < self.steps or not at.epoch_ended:
             self._epoch(stop)
         if options.save_state or options.save_state_on_train_end:
@@ -292,8 +294,11 @@ class _Run:
         stopping = stop.asked and at.current_step < self.steps
         if saving:
             self._save_lora(name, at.current_epoch - 1)
-        if stopping or (saving and options.save_state):
-            self._save_state(f"{name}-state")
+        asked = saving and options.save_state
+        if asked or stopping or self.timer.due:
+            folder = self._save_state(f"{name}-state")
+            if not asked:
+                self.timer.saved(folder)
         if stopping:
             _say(f"stopped after step {at.current_step}/{self.steps}")
             raise SystemExit(143)
@@ -306,12 +311,13 @@ class _Run:
         self.lora.save(path, self.metadata | of_file, _DTYPES[precision] if precision else None)
         return path
 
-    def _save_state(self, name: str) -> None:
+    def _save_state(self, name: str) -> Path:
         folder = Path(self.options.output_dir, name)
         _say(f"saving state {folder.name}")
         optimizer = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         schedule = {key: value for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"}
         state.save(folder, self.at, self.lora.state_dict(), {"optimizer": optimizer, "scheduler": schedule})
+        return folder
 
     def _fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share with the one that it goes on from."""

@@ -249,11 +249,13 @@ def test_sigterm_ends_the_step_saves_a_state_and_exits_143(inputs: Mapping[str, 
     reader, writer = os.pipe()
     config = configuration(inputs, "sd15", tmp_path, "plain", max_train_steps=500)
     config.pop("save_every_n_steps")
-    process = start(config, "sd15", tmp_path, pass_fds=[writer], environment={metrics.VARIABLE: str(writer)})
-    os.close(writer)
+    process = start(
+        config, "sd15", tmp_path, environment={metrics.VARIABLE: f"/proc/{os.getpid()}/fd/{writer}"}
+    )
     with os.fdopen(reader) as stream:
         records = metrics.read(stream)
-        assert next(records) == metrics.Start(steps=500, epochs=56, images_per_step=1)
+        assert next(records) == metrics.Start(steps=500, epochs=56, images_per_step=1, pid=process.pid)
+        os.close(writer)  # the trainer has opened the pipe, and holds it until its end
         first = next(records)
         process.send_signal(signal.SIGTERM)
         rest = list(records)

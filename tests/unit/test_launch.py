@@ -1,73 +1,130 @@
+import json
 import os
+import signal
+import subprocess
+import sys
+from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import tomli_w
+from safetensors import safe_open
 
-from kohya import metrics
-from kohya.launch import Watch
+from kohya import metrics, states
 
-OPENING = """running training / 学習開始
-  num epochs / epoch数: 2
-  batch size per device / バッチサイズ: 3
-  gradient accumulation steps / 勾配を合計するステップ数 = 2
-  total optimization steps / 学習ステップ数: 8"""
+LOOP = Path(__file__).with_name("loop.py")
 
 
-@pytest.fixture
-def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watch:
-    """A watch on an accelerator that saves an empty state, and a pipe to read its records from."""
-    read_end, write_end = os.pipe()
-    monkeypatch.setenv(metrics.VARIABLE, str(write_end))
-    made = Watch(tmp_path, "cat")
-    made.accelerator = SimpleNamespace(
-        num_processes=1,
-        sync_gradients=True,
-        save_state=lambda folder: Path(folder).mkdir(),
-        end_training=lambda: os.close(write_end),
-    )
-    made.pipe = os.fdopen(read_end, encoding="utf-8")  # type: ignore[attr-defined]
-    return made
+def run(folder: Path, **options: Any) -> tuple[int, list[metrics.Record]]:
+    """Run the loop in the launcher; its exit code, and the records that it wrote."""
+    folder.mkdir(exist_ok=True)
+    asked = {"output_dir": str(folder), "output_name": "cat", "gradient_accumulation_steps": 1, "stop_in": 0}
+    toml = folder / "config.toml"
+    toml.write_text(tomli_w.dumps({**asked, **options}))
+    reader, writer = os.pipe()
+    environment = {**os.environ, metrics.VARIABLE: f"/proc/{os.getpid()}/fd/{writer}"}
+    command = [sys.executable, "-m", "kohya.launch", str(LOOP), f"--config_file={toml}"]
+    ended = subprocess.run(command, env=environment, check=False)
+    os.close(writer)
+    with os.fdopen(reader) as stream:
+        return ended.returncode, list(metrics.read(stream))
 
 
-def begin(watch: Watch) -> None:
-    for line in OPENING.splitlines():
-        watch.on_print(line)
-    watch.on_print("\nepoch 1/2\n")
+def seen(*folders: Path) -> list[str]:
+    return list(chain(*((folder / "seen").read_text().splitlines() for folder in folders)))
 
 
-def batch(watch: Watch, loss: float, step: int, *, sync: bool) -> None:
-    watch.accelerator.sync_gradients = sync
-    watch.on_log({"loss/current": loss, "loss/average": 0.5, "lr/unet": 1e-4}, step)
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_two_breaks_change_nothing(accumulation: int, tmp_path: Path) -> None:
+    """A stop in an epoch, and one at its end: every picture and every random number as without them."""
+    stops = {1: (3, 7), 3: (2, 3)}[accumulation]
+    whole, *parts = (tmp_path / name for name in "abcd")
+    assert run(whole, gradient_accumulation_steps=accumulation)[0] == 0
+    resume: dict[str, str] = {}
+    before = 0
+    for part, stop in zip(parts, (*stops, 0), strict=True):
+        code, records = run(part, gradient_accumulation_steps=accumulation, stop_in=stop, **resume)
+        assert code == (143 if stop else 0)
+        start, *steps = records
+        assert isinstance(start, metrics.Start)
+        assert start.step == before
+        assert [one.step for one in steps] == list(range(before + 1, (stop or start.steps) + 1))
+        if stop:
+            state = part / f"cat-step{stop:08d}-state"
+            assert json.loads((state / "train_state.json").read_text())["current_step"] == stop
+            resume, before = {"resume": str(state)}, stop
+    assert seen(*parts) == seen(whole)
+    assert (parts[-1] / "end").read_text() == (whole / "end").read_text()
 
 
-def test_records_follow_optimizer_steps_not_batches(watch: Watch) -> None:
-    begin(watch)
-    batch(watch, 0.2, 0, sync=False)
-    batch(watch, 0.4, 1, sync=True)
-    watch.on_log({"loss/epoch_average": 0.3}, 1)
-    watch.on_print("\nepoch 2/2\n")
-    batch(watch, 0.6, 2, sync=True)
-    watch.accelerator.end_training()
-    assert list(metrics.read(watch.pipe)) == [  # type: ignore[attr-defined]
-        metrics.Start(steps=8, epochs=2, images_per_step=6),
-        metrics.Step(1, 1, pytest.approx(0.3), 0.5, {"unet": 1e-4}),
-        metrics.Step(2, 2, 0.6, 0.5, {"unet": 1e-4}),
+def test_records_follow_optimizer_steps_not_batches(tmp_path: Path) -> None:
+    _, (start, *steps) = run(tmp_path, gradient_accumulation_steps=3)
+    assert isinstance(start, metrics.Start)
+    assert (start.steps, start.epochs, start.images_per_step, start.step) == (9, 3, 3, 0)
+    assert [(one.step, one.epoch) for one in steps if isinstance(one, metrics.Step)] == [
+        (number, 1 + (number - 1) // 3) for number in range(1, 10)
     ]
+    losses = [float(line.split()[1]) for line in seen(tmp_path)]
+    assert isinstance(steps[0], metrics.Step)
+    assert steps[0].loss == pytest.approx(sum(losses[:3]) / 3)
 
 
-def test_a_stop_before_the_first_epoch_ends_at_once(watch: Watch) -> None:
-    with pytest.raises(SystemExit) as caught:
-        watch.on_signal(15, None)
-    assert caught.value.code == 143
+def test_a_state_holds_the_lora_so_far(tmp_path: Path) -> None:
+    run(tmp_path, stop_in=4, save_precision="fp16", network_module="networks.lora", network_args=["a=1"])
+    assert not list(tmp_path.glob("*.safetensors"))
+    with safe_open(tmp_path / "cat-step00000004-state" / "cat.safetensors", "np") as lora:
+        assert lora.get_tensor("weight").dtype == "float16"
+        told = lora.metadata()
+    assert (told["ss_steps"], told["ss_epoch"], told["ss_network_args"]) == ("4", "1", '{"a": "1"}')
 
 
-def test_a_stop_saves_a_state_at_the_end_of_the_running_step(watch: Watch, tmp_path: Path) -> None:
-    begin(watch)
-    watch.on_signal(15, None)
-    batch(watch, 0.2, 0, sync=False)
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(SystemExit) as caught:
-        batch(watch, 0.2, 1, sync=True)
-    assert caught.value.code == 143
-    assert [path.name for path in tmp_path.iterdir()] == ["cat-step00000001-state"]
+def test_a_timer_keeps_the_newest_state_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(states.VARIABLE, "1e-9")
+    assert run(tmp_path)[0] == 0
+    assert [path.name for path in tmp_path.glob("*-state")] == ["cat-step00000020-state"]
+
+
+def test_a_finished_run_has_nothing_left_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(states.VARIABLE, "1e-9")
+    run(tmp_path / "a", stop_in=20)
+    state = tmp_path / "a" / "cat-step00000020-state"
+    (state / "train_state.json").write_text('{"current_step": 21}')
+    assert run(tmp_path / "b", resume=str(state))[0] == 0
+    assert (tmp_path / "b" / "end").exists()
+    assert not (tmp_path / "b" / "seen").exists()
+    (state / "train_state.json").write_text('{"current_step": 22}')
+    assert run(tmp_path / "c", resume=str(state))[0] == 1
+
+
+def test_a_stop_before_the_first_step_ends_at_once(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGTERM); open('late', 'w')")
+    (tmp_path / "config.toml").write_text("")
+    command = [sys.executable, "-m", "kohya.launch", str(script), f"--config_file={tmp_path / 'config.toml'}"]
+    assert subprocess.run(command, check=False).returncode == 143
+    assert not Path("late").exists()
+
+
+def test_the_trainer_stops_when_its_parent_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"import time; open({str(tmp_path / 'ready')!r}, 'w').close(); time.sleep(600)")
+    (tmp_path / "config.toml").write_text("")
+    command = [sys.executable, "-m", "kohya.launch", str(script), f"--config_file={tmp_path / 'config.toml'}"]
+    code = f"import subprocess; p = subprocess.Popen({command!r}); print(p.pid, flush=True); p.wait()"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    for _ in range(300):
+        if (tmp_path / "ready").exists():
+            break
+        signal.sigtimedwait([], 0.1)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists():
+            return
+        signal.sigtimedwait([], 0.1)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("it went on")

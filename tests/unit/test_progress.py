@@ -81,3 +81,22 @@ def test_ten_steps_of_nan_in_a_row_raise_the_alarm_and_fewer_do_not() -> None:
     progress.take(Step(20, 1, math.inf, 0.5, {"unet": 1e-4}))
     assert progress.alarm is not None
     assert "not a number for 10 steps in a row" in progress.alarm
+
+
+def test_a_long_silence_says_what_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    progress = Progress(terminal=False, clock=clock)
+    progress.write("caching latents.")
+    for clock.now in (59, 60, 61, 119, 120):
+        progress.listen()
+    progress.take(Start(steps=8, epochs=2, images_per_step=3, step=4))
+    clock.now += 60
+    progress.listen()
+    assert capsys.readouterr().out.splitlines() == [
+        "caching latents.",
+        "train: nothing from the trainer for 60 s, waiting for the first step; its last line was: "
+        "caching latents.",
+        "train: nothing from the trainer for 120 s, waiting for the first step; its last line was: "
+        "caching latents.",
+        "train: nothing from the trainer for 60 s, waiting for step 5; its last line was: caching latents.",
+    ]

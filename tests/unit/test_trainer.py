@@ -55,14 +55,24 @@ time.sleep(600)
     assert ended.cause.startswith("The loss was not a number for 10 steps in a row.")
 
 
-def test_workers_that_the_trainer_leaves_behind_are_ended(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own_session", [False, True])
+def test_workers_that_the_trainer_leaves_behind_are_ended(own_session: bool, tmp_path: Path) -> None:
+    """A launcher for several devices gives each of its processes a session."""
     ended = run(
         "import subprocess, sys;"
         "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'],"
-        "stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid)",
+        f"stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session={own_session}).pid)",
         tmp_path,
     )
     assert gone(int(ended.tail[0]))
+
+
+def test_what_was_there_before_the_trainer_is_left_alone(tmp_path: Path) -> None:
+    before = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    run("pass", tmp_path)
+    assert before.poll() is None
+    before.kill()
+    before.wait()
 
 
 def test_a_stop_lets_the_trainer_save_and_reaches_its_workers(tmp_path: Path) -> None:
