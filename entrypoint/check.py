@@ -196,12 +196,16 @@ def _toml(request: JobRequest, storage: Storage) -> list[Setting]:
 
 
 def _machine(gpu: Gpu | None) -> Sequence[Setting]:
-    """What suits this machine: bf16 from compute capability 8.0, fp16 below, none on a CPU; and workers."""
+    """What suits this machine: the GPU's preset and how many workers load pictures.
+
+    For a GPU without a preset bf16 from compute capability 8.0, fp16 below; none on a CPU.
+    """
     precision = "no" if gpu is None else "bf16" if gpu.capability >= 8 else "fp16"
-    where = f"this machine's {gpu.name}" if gpu else "this machine has no GPU"
+    where = f"{gpu.name}, compute capability {gpu.capability}" if gpu else "this machine has no GPU"
     return (
         Setting("mixed_precision", precision, where),
         Setting("max_data_loader_n_workers", _workers(), "this machine's cores and /dev/shm"),
+        *(config.gpu_preset(gpu.name) if gpu else ()),
     )
 
 
@@ -272,6 +276,10 @@ def _sd_scripts(
             problems.append(Problem(where, wrong, f"Type: {found.python} -m pip install {module}"))
     if kind == "sdxl" and values["mixed_precision"] == "fp16" and not values.get("no_half_vae"):
         merged = config.change(merged, {"no_half_vae": True}, "SDXL's VAE makes NaN in fp16")
+    if values.get("cache_text_encoder_outputs") and values.get("shuffle_caption"):  # as our preset has it
+        merged = config.change(merged, {"shuffle_caption": False}, "cached text is not shuffled")
+    if values.get("persistent_data_loader_workers") and values.get("max_data_loader_n_workers") == 0:
+        merged = config.change(merged, {"persistent_data_loader_workers": False}, "there are no workers")
     return config.change(merged, {"console_log_simple": True}, "the job"), problems
 
 
