@@ -136,6 +136,13 @@ def test_the_pinned_parsers_read_every_preset_as_it_is_meant(kind: Kind, tmp_pat
                 assert type(read[name]) is type(value), name
 
 
+def test_the_preset_trains_in_bf16_without_a_gpu(ready: Job, base_models: dict[Kind, Path]) -> None:
+    """With clip_skip = 1, which asks for nothing else, sd-scripts would fail at the first step."""
+    ready.mount("model", base_models["sd15"])
+    result = ready.run("--mixed_precision=bf16", "--max_train_epochs=1")
+    assert result.code == 0, result.out + result.err
+
+
 def test_cached_text_trains_on_top_of_the_preset(ready: Job, base_models: dict[Kind, Path]) -> None:
     """sd-scripts asserts that captions are not shuffled, which the preset asks for."""
     ready.mount("model", base_models["sdxl"])
