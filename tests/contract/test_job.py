@@ -131,13 +131,12 @@ def test_channels_with_hyperparameters(
 def test_the_gpus_preset_lies_under_the_hyperparameters(
     gpu: str, said: str, job: Job, base_models: dict[Kind, Path], pictures: Path
 ) -> None:
-    """What nvidia-smi tells picks the preset, and the log says which; the job itself runs on the CPU."""
+    """What nvidia-smi tells picks the preset, and the log says which; the job itself needs none."""
     tool = job.scratch / "bin" / "nvidia-smi"
     tool.parent.mkdir()
     tool.write_text(f"#!/bin/sh\necho '{gpu}'\n")
     tool.chmod(0o755)
     job.environment["PATH"] = f"{tool.parent}:{job.environment['PATH']}"
-    job.environment["CUDA_VISIBLE_DEVICES"] = ""
     job.mount("model", base_models["sd15"])
     job.mount("dataset", pictures)
     job.configure("hyperparameters", {**TINY, "max_train_epochs": "1", "gradient_checkpointing": "true"})
