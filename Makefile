@@ -16,7 +16,7 @@ SD_SCRIPTS_COMMIT = $(shell awk -F '"' '/^COMMIT = / {print $$2}' kohya/sd_scrip
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo sd-scripts options test test-sd-scripts lint format clean
+.PHONY: help env demo sd-scripts options test test-sd-scripts test-gpu lint format clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,8 +53,14 @@ options: $(READY) ## Write kohya/options.json from the pinned sd-scripts
 test-sd-scripts: $(READY) ## Run the tests that need sd-scripts [SD_SCRIPTS_DIR SD_SCRIPTS_PYTHON]
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/sd_scripts
 
+test-gpu: $(READY) ## Run the tests that need a GPU and sd-scripts, and time the presets [SD_SCRIPTS_DIR SD_SCRIPTS_PYTHON]
+	@nvidia-smi --query-gpu=name,memory.total --format=csv,noheader 2>/dev/null \
+		|| { echo "make test-gpu needs an NVIDIA GPU, and nvidia-smi finds none here"; exit 1; }
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/gpu
+
 test: $(READY) ## Run all tests [TEST_S3_ENDPOINT: an S3 server to use instead of moto's]
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal --ignore tests/sd_scripts
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal \
+		--ignore tests/sd_scripts --ignore tests/gpu
 
 lint: $(READY) ## Check style and types
 	$(VENV)/bin/ruff check .

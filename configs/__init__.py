@@ -1,1 +1,1 @@
-"""Presets: one TOML a kind of base model."""
+"""Presets: one TOML a kind of base model; gpu/ has one a GPU."""

@@ -204,12 +204,16 @@ def _toml(request: JobRequest, storage: Storage) -> list[Setting]:
 
 
 def _machine(gpu: Gpu | None) -> Sequence[Setting]:
-    """What suits this machine: bf16 from compute capability 8.0, fp16 below, none on a CPU; and workers."""
+    """What suits this machine: the GPU's preset and how many workers load pictures.
+
+    For a GPU without a preset bf16 from compute capability 8.0, fp16 below; none on a CPU.
+    """
     precision = "no" if gpu is None else "bf16" if gpu.capability >= 8 else "fp16"
-    where = f"this machine's {gpu.name}" if gpu else "this machine has no GPU"
+    where = f"{gpu.name}, compute capability {gpu.capability}" if gpu else "this machine has no GPU"
     return (
         Setting("mixed_precision", precision, where),
         Setting("max_data_loader_n_workers", _workers(), "this machine's cores and /dev/shm"),
+        *(config.gpu_preset(gpu.name) if gpu else ()),
     )
 
 
@@ -284,6 +288,8 @@ def _sd_scripts(
     wanted = {"xformers": "xformers"} if values.get("xformers") else {}
     if "8bit" in str(values.get("optimizer_type", "")).lower():
         wanted["bitsandbytes"] = "optimizer_type"
+    if values.get("log_with") in ("wandb", "all"):
+        wanted["wandb"] = "log_with"
     for module in found.lacks([*_LIBRARIES, *wanted]):
         if module == "xformers":
             merged = config.change(merged, {"xformers": False, "sdpa": True}, "xformers is not installed")
@@ -293,6 +299,14 @@ def _sd_scripts(
             problems.append(Problem(where, wrong, f"Type: {found.python} -m pip install {module}"))
     if kind == "sdxl" and values["mixed_precision"] == "fp16" and not values.get("no_half_vae"):
         merged = config.change(merged, {"no_half_vae": True}, "SDXL's VAE makes NaN in fp16")
+    if values.get("cache_text_encoder_outputs") and values.get("shuffle_caption"):  # as our preset has it
+        merged = config.change(merged, {"shuffle_caption": False}, "cached text is not shuffled")
+    if values.get("persistent_data_loader_workers") and values.get("max_data_loader_n_workers") == 0:
+        merged = config.change(merged, {"persistent_data_loader_workers": False}, "there are no workers")
+    if values.get("log_with") == "wandb":
+        merged = config.change(merged, {"log_with": "all"}, "the job reads each step from TensorBoard's log")
+    if gpu is not None and gpu.count > 1 and "ddp_timeout" not in values:
+        merged = config.change(merged, {"ddp_timeout": 120}, "the processes wait while latents are cached")
     own = {"console_log_simple": True, **({"skip_until_initial_step": True} if "resume" in values else {})}
     return config.change(merged, own, "the job"), problems
 

@@ -105,15 +105,27 @@ def options() -> Mapping[str, Option]:
     }
 
 
-def preset(kind: Kind) -> tuple[Setting, ...]:
-    """The values of configs/<kind>.toml, the lowest layer of every job."""
-    name = f"{kind}.toml"
+def preset(name: str) -> tuple[Setting, ...]:
+    """The values of configs/<name>.toml: that of a kind is the lowest layer of every job."""
+    name = f"{name}.toml"
     settings, problems = read(
         resources.files("configs").joinpath(name).read_text(encoding="utf-8"), f"configs/{name}"
     )
     if problems:
         raise AssertionError(f"configs/{name} is damaged: {problems}")
     return settings
+
+
+def gpu_preset(name: str) -> tuple[Setting, ...]:
+    """The values of configs/gpu/<word>.toml for a GPU whose name, as nvidia-smi prints it, has that word.
+
+    "NVIDIA A100-SXM4-40GB" has a100. Empty where there is no such file: an A10 is no A10G.
+    """
+    files = resources.files("configs").joinpath("gpu")
+    for word in re.findall(r"\w+", name.lower()):
+        if files.joinpath(f"{word}.toml").is_file():
+            return preset(f"gpu/{word}")
+    return ()
 
 
 def read(text: str, where: str, *, any_depth: bool = False) -> tuple[tuple[Setting, ...], list[Problem]]:
@@ -169,6 +181,11 @@ def merge(kind: Kind, layers: Iterable[Sequence[Setting]]) -> Merged:
                 settings.pop(ALIASES.get(setting.name, setting.name), None)
             else:
                 settings[checked.name] = checked
+    unet_only, rate = settings.get("network_train_unet_only"), settings.get("text_encoder_lr")
+    if unet_only and unet_only.value and rate and not rate.where.startswith("configs/"):
+        notes.append(
+            f"{rate.where}: text_encoder_lr has no effect: network_train_unet_only ({unet_only.where})"
+        )
     if all(name in settings for name in _LENGTHS):
         notes.append(f"{settings[_LENGTHS[0]].where}: max_train_epochs is set too, and counts")
     return Merged(settings, tuple(notes), tuple(problems))
@@ -333,8 +350,11 @@ _READERS: Mapping[str, Callable[[str, object], object]] = {
 
 def _example(name: str, otherwise: float) -> str:
     """What to write, after the preset's own value where it has one."""
-    usual = {setting.name: setting.value for setting in preset("sd15")}.get(name, otherwise)
-    return f"Write for example {name} = {_show(usual)}"
+    usual = {setting.name: setting.value for setting in preset("sd15")}
+    usual["unet_lr"] = usual[
+        "learning_rate"
+    ]  # which the presets leave out, so that a user's learning_rate counts
+    return f"Write for example {name} = {_show(usual.get(name, otherwise))}"
 
 
 def _show(value: object) -> str:

@@ -37,7 +37,10 @@ def job(tmp_path: Path) -> Iterator[Job]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say what this run could not cover."""
-    if config.getoption("ignore"):
+    ignored = {Path(folder).name for folder in config.getoption("ignore") or ()}
+    if "sd_scripts" in ignored:
         terminalreporter.line("NOT RUN: sd-scripts. make test-sd-scripts runs these tests.")
+    if "gpu" in ignored:
+        terminalreporter.line("NOT RUN: GPU. make test-gpu runs these tests on a machine that has one.")
     if not os.environ.get("TEST_S3_ENDPOINT"):
         terminalreporter.line("NOT RUN: a real S3 server; moto's stood in. Set TEST_S3_ENDPOINT to use one.")

@@ -121,6 +121,32 @@ def test_channels_with_hyperparameters(
     assert not {"output_dir", "train_data_dir", "pretrained_model_name_or_path"} & set(values)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "said"),
+    [
+        ("NVIDIA L40S, 8.9", "mixed_precision bf16 (configs/gpu/l40s.toml line "),
+        ("NVIDIA A10, 8.6", "mixed_precision bf16 (NVIDIA A10, compute capability 8.6)"),
+    ],
+)
+def test_the_gpus_preset_lies_under_the_hyperparameters(
+    gpu: str, said: str, job: Job, base_models: dict[Kind, Path], pictures: Path
+) -> None:
+    """What nvidia-smi tells picks the preset, and the log says which; the job itself needs none."""
+    tool = job.scratch / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text(f"#!/bin/sh\necho '{gpu}'\n")
+    tool.chmod(0o755)
+    job.environment["PATH"] = f"{tool.parent}:{job.environment['PATH']}"
+    job.mount("model", base_models["sd15"])
+    job.mount("dataset", pictures)
+    job.configure("hyperparameters", {**TINY, "max_train_epochs": "1", "gradient_checkpointing": "true"})
+    result = job.run()
+    assert result.code == 0, result.out + result.err
+    assert said in result.out
+    values = tomllib.loads((job.model / "shape.toml").read_text())
+    assert (values["mixed_precision"], values["gradient_checkpointing"]) == ("bf16", True)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_uris_as_flags(
     kind: Kind, job: Job, s3: S3Server, bucket: S3Uri, base_models: dict[Kind, Path], pictures: Path

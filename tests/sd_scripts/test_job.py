@@ -1,5 +1,6 @@
 """The job with the real sd-scripts, unmodified, on narrow base models. `make test-sd-scripts` runs these."""
 
+import json
 import signal
 import subprocess
 from pathlib import Path
@@ -84,3 +85,76 @@ def test_options_are_those_of_the_pinned_parsers() -> None:
         check=True,
     ).stdout
     assert told == Path(config.__file__).with_name("options.json").read_text()
+
+
+READ_PRESETS = """
+import argparse, importlib, json, sys
+folder, script, *files = sys.argv[1:]
+sys.path.insert(0, folder)
+from library import train_util
+parser = importlib.import_module(script.removesuffix(".py")).setup_parser()
+found = []
+for file in files:
+    sys.argv = [script, f"--config_file={file}"]
+    from_file = vars(train_util.read_config_from_file(parser.parse_args(), parser))
+    typed = []
+    for name, value in json.loads(open(file + ".json").read()).items():
+        if value is not False:
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            typed += ["--" + name, *map(str, values)]
+    found.append([from_file, vars(parser.parse_args(typed))])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pinned_parsers_read_every_preset_as_it_is_meant(kind: Kind, tmp_path: Path) -> None:
+    """Each kind alone and with each GPU: as a file, which sd-scripts does not check, and as typed flags."""
+    found = sd_scripts.find()
+    gpus = sorted((Path(config.__file__).parents[1] / "configs" / "gpu").glob("*.toml"))
+    assert len(gpus) == 6
+    meant, files = [], []
+    for gpu in (None, *gpus):
+        values = config.merge(
+            kind, [config.preset(kind), config.preset(f"gpu/{gpu.stem}") if gpu else ()]
+        ).values
+        file = tmp_path / f"{gpu.stem if gpu else kind}.toml"
+        file.write_text(config.dump(values))
+        file.with_name(f"{file.name}.json").write_text(json.dumps(values))
+        meant.append(values)
+        files.append(str(file))
+    told = subprocess.run(
+        [found.python, "-c", READ_PRESETS, str(found.folder), sd_scripts.SCRIPTS[kind], *files],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for values, namespaces in zip(meant, json.loads(told.splitlines()[-1]), strict=True):
+        for read in namespaces:
+            for name, value in values.items():
+                assert read[name] == value, name
+                assert type(read[name]) is type(value), name
+
+
+def test_the_preset_trains_in_bf16_without_a_gpu(ready: Job, base_models: dict[Kind, Path]) -> None:
+    """With clip_skip = 1, which asks for nothing else, sd-scripts would fail at the first step."""
+    ready.mount("model", base_models["sd15"])
+    result = ready.run("--mixed_precision=bf16", "--max_train_epochs=1")
+    assert result.code == 0, result.out + result.err
+
+
+def test_cached_text_trains_on_top_of_the_preset(ready: Job, base_models: dict[Kind, Path]) -> None:
+    """sd-scripts asserts that captions are not shuffled, which the preset asks for."""
+    ready.mount("model", base_models["sdxl"])
+    result = ready.run("--cache_text_encoder_outputs", "--max_train_epochs=1")
+    assert result.code == 0, result.out + result.err
+    assert "shuffle_caption = true becomes false" in result.out
+
+
+def test_persistent_workers_without_workers(ready: Job, base_models: dict[Kind, Path]) -> None:
+    """torch refuses them after the model is loaded; this machine's /dev/shm may be why there are none."""
+    ready.mount("model", base_models["sd15"])
+    flags = ("--persistent_data_loader_workers", "--max_data_loader_n_workers=0", "--max_train_epochs=1")
+    result = ready.run(*flags)
+    assert result.code == 0, result.out + result.err
+    assert "persistent_data_loader_workers = true becomes false: there are no workers" in result.out

@@ -23,8 +23,9 @@ def refused(kind: config.Kind = "sd15", **values: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", config.KINDS)
-def test_our_presets_are_accepted(kind: config.Kind) -> None:
-    values = {setting.name: setting.value for setting in config.preset(kind)}
+@pytest.mark.parametrize("gpu", ["", "Tesla T4", "NVIDIA A10G", "NVIDIA L4", "NVIDIA L40S", "A100", "H100"])
+def test_our_presets_are_accepted(kind: config.Kind, gpu: str) -> None:
+    values = config.merge(kind, [config.preset(kind), config.gpu_preset(gpu)]).values
     assert options.problems({**NEEDED, **values}, kind) == []
 
 

@@ -7,6 +7,9 @@ import pytest
 from kohya import config
 from kohya.config import Setting
 
+CONFIGS = Path(config.__file__).parents[1] / "configs"
+GPUS = sorted(path.stem for path in (CONFIGS / "gpu").glob("*.toml"))
+
 
 def merged(text: str, kind: config.Kind = "sd15", **hyperparameters: str) -> config.Merged:
     settings, problems = config.read(text, "job.toml")
@@ -31,17 +34,80 @@ def test_options_are_those_of_the_pinned_parsers() -> None:
 
 
 @pytest.mark.parametrize("kind", config.KINDS)
-def test_every_preset_passes_the_pinned_parsers(kind: config.Kind) -> None:
-    result = config.merge(kind, [config.preset(kind)])
+@pytest.mark.parametrize("gpu", [None, *GPUS])
+def test_every_preset_passes_the_pinned_parsers(kind: config.Kind, gpu: str | None) -> None:
+    """Name, type, choices and kind of every value, as they stand in the file: nothing has to be mended."""
+    presets = [config.preset(kind), config.preset(f"gpu/{gpu}") if gpu else ()]
+    result = config.merge(kind, presets)
     assert result.problems == ()
     assert result.notes == ()
+    for setting in (*presets[0], *presets[1]):
+        read = config.merge(kind, [[setting]]).values[setting.name]
+        assert read == setting.value
+        assert isinstance(read, str) == isinstance(setting.value, str), setting
 
 
 @pytest.mark.parametrize("kind", config.KINDS)
 def test_every_preset_opens_with_its_purpose_and_its_command(kind: config.Kind) -> None:
-    lines = Path(config.__file__).parents[1].joinpath("configs", f"{kind}.toml").read_text().splitlines()
+    lines = (CONFIGS / f"{kind}.toml").read_text().splitlines()
     assert lines[0].startswith("# A LoRA for Stable Diffusion")
     assert "python -m entrypoint train" in lines[2]
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_gpu_preset_opens_with_its_gpu_and_its_instances(gpu: str) -> None:
+    opening = (CONFIGS / "gpu" / f"{gpu}.toml").read_text().split("\n\n")[0]
+    assert opening.startswith(f"# NVIDIA {gpu.upper()}, ")
+    assert ": ml." in opening
+    assert "python -m entrypoint train" in opening
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_a_gpu_preset_changes_speed_and_memory_and_never_what_is_learned(gpu: str) -> None:
+    names = {setting.name for setting in config.preset(f"gpu/{gpu}")}
+    assert names <= {"mixed_precision", "sdpa", "gradient_checkpointing"}
+    assert "mixed_precision" in names
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("Tesla T4", "t4"),
+        ("NVIDIA A10G", "a10g"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A10", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA T4G", None),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("../../sd15", None),
+        ("", None),
+    ],
+)
+def test_a_gpu_preset_is_found_by_the_name_that_nvidia_smi_prints(name: str, gpu: str | None) -> None:
+    found = config.gpu_preset(name)
+    assert found == (config.preset(f"gpu/{gpu}") if gpu else ())
+    assert all(setting.where.startswith(f"configs/gpu/{gpu}.toml line ") for setting in found)
+
+
+def test_a_users_learning_rate_counts_over_the_presets() -> None:
+    for kind in config.KINDS:
+        merged = config.merge(kind, [config.preset(kind), [Setting("learning_rate", 3e-5, "flag")]])
+        assert merged.values["learning_rate"] == 3e-5
+        assert "unet_lr" not in merged.values  # which would count instead
+
+
+def test_a_text_encoders_rate_without_effect_is_told() -> None:
+    rate = [Setting("text_encoder_lr", 1e-5, "job.toml line 3")]
+    (note,) = config.merge("sdxl", [config.preset("sdxl"), rate]).notes
+    assert note.startswith(
+        "job.toml line 3: text_encoder_lr has no effect: network_train_unet_only (configs/"
+    )
+    trained = [*rate, Setting("network_train_unet_only", False, "job.toml line 4")]
+    assert config.merge("sdxl", [config.preset("sdxl"), trained]).notes == ()
 
 
 def test_higher_layers_win_and_say_where_they_come_from() -> None:
@@ -127,7 +193,7 @@ def test_a_hyperparameter_is_read_as_its_options_type(name: str, sent: str, read
         ("save_model_as = 'ckpt'", "makes a pickle"),
         ("output_name = '../x'", "cannot be part of a file name"),
         ("vae = 'vae.safetensors'", "there is no channel for it"),
-        ("resume = '/tmp/state'", "there is no channel for it"),
+        ("in_json = '/tmp/meta.json'", "there is no channel for it"),
         ("cache_text_encoder_outputs = true", "is an option of sdxl only, and this job is sd15"),
         ("output_name = true", "is not text"),
     ],

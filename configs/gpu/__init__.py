@@ -1,0 +1,1 @@
+"""Presets: one TOML a GPU."""
