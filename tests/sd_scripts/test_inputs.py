@@ -1,0 +1,135 @@
+"""The optional inputs, read by the real sd-scripts: what came of them shows in the LoRA."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from demo import base_model
+from kohya.config import Kind
+from tests.harness import TINY, Job
+from tests.sd_scripts.test_job import NARROW
+
+STILL = ("--unet_lr=1e-12", "--text_encoder_lr=1e-12")  # whatever was loaded is saved as it was
+
+
+@pytest.fixture
+def ready(job: Job, base_models: dict[Kind, Path]) -> Job:
+    """A job by channels that lacks its data set."""
+    job.environment["PYTHONPATH"] = str(NARROW)
+    job.mount("model", base_models["sd15"])
+    job.configure("hyperparameters", {**TINY, "trainer": "sd-scripts", "max_train_epochs": "1"})
+    return job
+
+
+def write_vae(path: Path) -> Path:
+    """Another VAE than the base model's."""
+    tensors = load_file(base_model.write(path, "sd15", seed=1))
+    vae = {name.removeprefix("first_stage_model."): tensor for name, tensor in tensors.items()
+           if name.startswith("first_stage_model.")}  # fmt: skip
+    save_file(vae, path)
+    return path
+
+
+def write_lora(path: Path, like: Path) -> dict[str, np.ndarray]:
+    """A LoRA of the same shapes as another one, of random numbers."""
+    rng = np.random.default_rng(0)
+    tensors = {
+        name: tensor if name.endswith(".alpha") else rng.normal(0, 1e-2, tensor.shape).astype(tensor.dtype)
+        for name, tensor in load_file(like).items()
+    }
+    save_file(tensors, path)
+    return tensors
+
+
+def metadata(lora: Path) -> dict[str, str]:
+    with safe_open(lora, "np") as opened:
+        found: dict[str, str] = opened.metadata()
+    return found
+
+
+def test_vae_reg_weights_and_sample_prompts(ready: Job, pictures: Path, tmp_path: Path) -> None:
+    ready.mount("dataset", pictures)
+    first = ready.run()
+    assert first.code == 0, first.out + first.err
+    trained = ready.model / "shape.safetensors"
+    given = write_lora(tmp_path / "given.safetensors", trained)
+    merged = write_lora(tmp_path / "merged.safetensors", trained)
+    ready.mount("vae", write_vae(tmp_path / "other-vae.safetensors"))
+    (tmp_path / "reg").mkdir()
+    shutil.copytree(pictures / "2_shape", tmp_path / "reg" / "1_square", ignore=lambda *_: ["0.txt", "1.txt"])
+    ready.mount("reg", tmp_path / "reg")
+    weights = ready.mount("weights", tmp_path / "given.safetensors")
+    (weights / "merged.safetensors").symlink_to(tmp_path / "merged.safetensors")
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "prompts.txt").write_text(
+        "# two\na red square --w 64 --h 64 --s 2 --d 1\n\na blue one\n"
+    )
+    (tmp_path / "config" / "job.toml").write_text(
+        "sample_prompts = 'prompts.txt'\nsample_every_n_epochs = 1\nsample_sampler = 'euler'\n"
+        "network_weights = 'given.safetensors'\nbase_weights = ['merged.safetensors']\n"
+        "reg_data_dir = 'C:\\\\mine\\\\reg'\n"
+    )
+    ready.mount("config", tmp_path / "config")
+    result = ready.run(*STILL, f"--output_uri={tmp_path / 'out'}")
+
+    assert result.code == 0, result.out + result.err
+    assert result.err == ""
+    told = metadata(trained)
+    assert told["ss_vae_name"] == "other-vae.safetensors"
+    assert (told["ss_num_train_images"], told["ss_num_reg_images"]) == ("8", "4")
+    assert json.loads(told["ss_reg_dataset_dirs"]) == {"1_square": {"n_repeats": 1, "img_count": 4}}
+    saved = load_file(trained)
+    for name, tensor in given.items():
+        np.testing.assert_allclose(saved[name], tensor, atol=1e-4)
+    for folder in (ready.tree / "output" / "data", tmp_path / "out"):
+        names = sorted(path.name for path in (folder / "sample").iterdir())
+        assert len(names) == 2
+        assert names[0].startswith("shape_e000001_00_")
+    inputs = {Path(item["path"]).name for item in ready.record["inputs"]}
+    assert {"other-vae.safetensors", "given.safetensors", "merged.safetensors"} < inputs
+    assert ready.record["reg"] == {"pictures": 4, "with_repeats": 4}
+    kept = (ready.model / "shape.toml").read_text()
+    assert 'network_weights = "given.safetensors"' in kept
+    assert 'sample_prompts = "prompts.txt"' in kept
+    assert "vae" not in kept.replace("vae_batch_size", "")
+    assert "reg_data_dir" not in kept
+
+
+def test_dataset_config(ready: Job, pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(pictures / "2_shape", tmp_path / "data" / "squares")
+    shutil.copytree(pictures / "2_shape", tmp_path / "data" / "more" / "squares")
+    shutil.copytree(pictures / "2_shape", tmp_path / "reg", ignore=lambda *_: ["0.txt"])
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "job.toml").write_text("dataset_config = 'data.toml'\n")
+    (tmp_path / "config" / "data.toml").write_text(
+        "[general]\ncaption_extension = '.txt'\n"
+        "[[datasets]]\nresolution = 64\nbatch_size = 2\n"
+        "[[datasets.subsets]]\nimage_dir = 'squares'\nnum_repeats = 3\n"
+        "[[datasets.subsets]]\nimage_dir = '.'\nis_reg = true\nclass_tokens = 'square'\n"
+        "[[datasets]]\nresolution = [128, 64]\nbatch_size = 1\n"
+        "[[datasets.subsets]]\nimage_dir = 'more/squares'\ncaption_prefix = 'a, b, '\n"
+    )
+    ready.mount("dataset", tmp_path / "data")
+    ready.mount("reg", tmp_path / "reg")
+    ready.mount("config", tmp_path / "config")
+    result = ready.run()
+
+    assert result.code == 0, result.out + result.err
+    assert result.err == ""
+    datasets = json.loads(metadata(ready.model / "shape.safetensors")["ss_datasets"])
+    found = [(one["resolution"], one["num_train_images"], one["num_reg_images"], one["batch_size_per_device"])
+             for one in datasets]  # fmt: skip
+    assert found == [[[64, 64], 12, 4, 2], [[128, 64], 4, 0, 1]] or found == [
+        ([64, 64], 12, 4, 2),
+        ([128, 64], 4, 0, 1),
+    ]
+    assert [subset["num_repeats"] for subset in datasets[0]["subsets"]] == [3, 1]
+    assert datasets[1]["subsets"][0]["image_dir"] == "squares"
+    assert ready.record["dataset"] == {"pictures": 8, "with_repeats": 16}
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["more", "squares"]
+    assert 'dataset_config = "data.toml"' in (ready.model / "shape.toml").read_text()
