@@ -210,9 +210,9 @@ def _compare(name: str, kind: Kind, tensors: set[str], expected: set[str]) -> No
         raise BadLora(f"{name} lacks {len(absent)} tensors, {absent[0]} first.")
 
 
-def _parts(names: set[str]) -> set[str]:
-    """The trained parts of the model: lora_unet, lora_te, lora_te1, lora_te2."""
-    return {"_".join(name.split("_")[:2]) for name in names}
+def part(module: str) -> str:
+    """The part of the model that a module belongs to: lora_unet, lora_te, lora_te1, lora_te2."""
+    return "_".join(module.split("_")[:2])
 
 
 def modules(kind: Kind, *, unet: bool = True, text_encoders: bool = True) -> list[str]:

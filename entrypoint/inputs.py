@@ -198,7 +198,10 @@ def _gone_on_from(header: Header, alpha: float | None, where: str, kind: Kind, m
     )
     found = checkpoint.modules_of(header)
     ranks = checkpoint.ranks(header, wanted)
-    if left_out := found - wanted:
+    left_out = found - wanted
+    if values.get("dim_from_weights"):  # the file decides what is trained of each part
+        left_out = {name for name in left_out if checkpoint.part(name) not in map(checkpoint.part, wanted)}
+    if left_out:
         note = f"{where}: {len(left_out)} of its {len(found)} modules are not trained, and left out"
         merged = replace(merged, notes=(*merged.notes, f"{note}, {min(left_out)} first"))
     if values.get("dim_from_weights"):

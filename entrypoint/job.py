@@ -246,12 +246,15 @@ def _pictures(plan: Plan, work: Path) -> dict[str, str]:
 
 def _verified(path: Path, prepared: Prepared) -> Lora:
     values = prepared.merged.values
+    # With dim_from_weights the file decides the modules; and after base_weights sd-scripts trains those of
+    # the resnets too, since it extends its class's own list of targets in place (networks/lora.py:1046-1048).
+    more = any(values.get(name) for name in ("network_args", "dim_from_weights", "base_weights"))
     return verify_lora(
         path,
         prepared.plan.kind,
         unet=not values.get("network_train_text_encoder_only"),
         text_encoders=not values.get("network_train_unet_only"),
-        plain=values["network_module"] == "networks.lora" and not values.get("network_args"),
+        plain=values["network_module"] == "networks.lora" and not more,
     )
 
 
