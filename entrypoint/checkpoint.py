@@ -131,9 +131,9 @@ _OTHERS = {  # how the tensors' names begin → what it is
     "conditioner.embedders.0.model.": "the SDXL refiner",
     "text_model.": "a text encoder",
     "down_blocks.": "a U-Net in diffusers' format",
-    "encoder.": "a VAE",
     "model.diffusion_model.": "a checkpoint with a U-Net",
     "first_stage_model.": "a VAE",
+    "encoder.": "a VAE",
 }
 
 

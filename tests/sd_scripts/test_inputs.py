@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,34 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from demo import base_model
+from entrypoint.storage import S3Uri
+from kohya import dataset_config, sd_scripts
 from kohya.config import Kind
+from tests.contract.test_job import put
 from tests.harness import TINY, Job
+from tests.s3 import S3Server
 from tests.sd_scripts.test_job import NARROW
+
+CONFIG_UTIL = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from library.config_util import ConfigSanitizer
+from voluptuous import Schema
+found = ConfigSanitizer(True, True, False, True)
+schemas = {
+    "_DATASET": found.general_schema, "_OWN": found.db_subset_schema, "datasets": found.db_dataset_schema
+}
+def takes(check, value):
+    try:
+        return bool([Schema(check)(value)])
+    except Exception:
+        return False
+values = json.loads(sys.argv[2])
+print(json.dumps({
+    table: {str(key): [takes(check, value) for value in values] for key, check in schema.items()}
+    for table, schema in schemas.items()
+}))
+"""
 
 STILL = ("--unet_lr=1e-12", "--text_encoder_lr=1e-12")  # whatever was loaded is saved as it was
 
@@ -75,10 +101,16 @@ def test_vae_reg_weights_and_sample_prompts(ready: Job, pictures: Path, tmp_path
         "reg_data_dir = 'C:\\\\mine\\\\reg'\n"
     )
     ready.mount("config", tmp_path / "config")
+    ready.configure(
+        "inputdataconfig", {name: {"TrainingInputMode": "FastFile"} for name in ("vae", "weights")}
+    )
     result = ready.run(*STILL, f"--output_uri={tmp_path / 'out'}")
 
     assert result.code == 0, result.out + result.err
     assert result.err == ""
+    for name in ("vae/other-vae", "weights/given", "weights/merged"):
+        path = ready.tree / "input" / "data" / f"{name}.safetensors"
+        assert f"fetch: reading {path} once, in order" in result.out
     told = metadata(trained)
     assert told["ss_vae_name"] == "other-vae.safetensors"
     assert (told["ss_num_train_images"], told["ss_num_reg_images"]) == ("8", "4")
@@ -101,13 +133,15 @@ def test_vae_reg_weights_and_sample_prompts(ready: Job, pictures: Path, tmp_path
     assert "reg_data_dir" not in kept
 
 
-def test_dataset_config(ready: Job, pictures: Path, tmp_path: Path) -> None:
-    shutil.copytree(pictures / "2_shape", tmp_path / "data" / "squares")
-    shutil.copytree(pictures / "2_shape", tmp_path / "data" / "more" / "squares")
+def test_dataset_config(ready: Job, pictures: Path, tmp_path: Path, s3: S3Server, bucket: S3Uri) -> None:
+    """From S3: the configuration names it, and it lies beside."""
+    ready.environment |= s3.environment
+    put(s3, bucket / "data/squares", pictures / "2_shape")
+    put(s3, bucket / "data/more/squares", pictures / "2_shape")
     shutil.copytree(pictures / "2_shape", tmp_path / "reg", ignore=lambda *_: ["0.txt"])
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config" / "job.toml").write_text("dataset_config = 'data.toml'\n")
-    (tmp_path / "config" / "data.toml").write_text(
+    put(s3, bucket / "reg", tmp_path / "reg")
+    put(s3, bucket / "config/job.toml", "dataset_config = 'data.toml'\n")
+    described = (
         "[general]\ncaption_extension = '.txt'\n"
         "[[datasets]]\nresolution = 64\nbatch_size = 2\n"
         "[[datasets.subsets]]\nimage_dir = 'squares'\nnum_repeats = 3\n"
@@ -115,10 +149,10 @@ def test_dataset_config(ready: Job, pictures: Path, tmp_path: Path) -> None:
         "[[datasets]]\nresolution = [128, 64]\nbatch_size = 1\n"
         "[[datasets.subsets]]\nimage_dir = 'more/squares'\ncaption_prefix = 'a, b, '\n"
     )
-    ready.mount("dataset", tmp_path / "data")
-    ready.mount("reg", tmp_path / "reg")
-    ready.mount("config", tmp_path / "config")
-    result = ready.run()
+    put(s3, bucket / "config/data.toml", described)
+    flags = [f"--{name}_uri={bucket / folder}"
+             for name, folder in (("dataset", "data"), ("reg", "reg"), ("config", "config"))]  # fmt: skip
+    result = ready.run(*flags)
 
     assert result.code == 0, result.out + result.err
     assert result.err == ""
@@ -129,5 +163,21 @@ def test_dataset_config(ready: Job, pictures: Path, tmp_path: Path) -> None:
     assert [subset["num_repeats"] for subset in sets[0]["subsets"]] == [3, 1]
     assert sets[1]["subsets"][0]["image_dir"] == "squares"
     assert ready.record["dataset"] == {"pictures": 8, "with_repeats": 16}
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["more", "squares"]
+    assert len(ready.record["inputs"]) == 1 + 16 + 7
     assert 'dataset_config = "data.toml"' in (ready.model / "shape.toml").read_text()
+
+
+def test_keys_of_a_dataset_config_are_those_that_sd_scripts_takes() -> None:
+    """The tables against ConfigSanitizer itself: the same keys, the same types."""
+    values = [True, 1, 0.5, "x", {"a": 1}, [1, 2], [1.5, 2.5], ["x", "y"], [1]]
+    found = sd_scripts.find()
+    told = subprocess.run(
+        [found.python, "-c", CONFIG_UTIL, str(found.folder), json.dumps(values)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    theirs = json.loads(told.splitlines()[-1])
+    for table, ours in (("_DATASET", dataset_config._DATASET), ("_OWN", dataset_config._OWN)):
+        assert {key: [check(value) for value in values] for key, (check, _) in ours.items()} == theirs[table]
+    assert theirs["datasets"].keys() == {*dataset_config._DATASET, "subsets"}
