@@ -1,6 +1,7 @@
 """The optional inputs, found in folders: real headers, and no S3."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from entrypoint.check import ModelFile, _sd_scripts, _to_fetch
 from entrypoint.checkpoint import modules
 from entrypoint.contract import Tree
+from entrypoint.files import File, Single
 from entrypoint.inputs import Extras, find, pictures
 from entrypoint.request import JobRequest, resolve
-from entrypoint.storage import Storage
+from entrypoint.storage import RemoteObject, S3Uri, Storage
 from kohya import config
 from kohya.config import Kind, Merged
+from kohya.sd_scripts import SdScripts
 
 VAE = {"encoder.down.0.block.0.norm1.weight": (128,), "encoder.conv_out.weight": (8, 512, 3, 3)}
 
@@ -312,3 +316,23 @@ def test_regularisation_pictures_need_no_captions_but_a_class_word(asked: Asked)
     (asked.channel("reg") / "a.png").write_text("x")
     _, _, problems = pictures(request, request.reg, merged, extras, Storage())
     assert "does not look beside the folders" in str(problems[0])
+
+
+def test_what_is_fetched_and_what_is_copied_counts_for_the_disk(tmp_path: Path) -> None:
+    model = ModelFile(RemoteObject(S3Uri("b", "m"), 1000, ""), 1000, None, streamed=False)
+    (tmp_path / "v").write_bytes(b"x" * 10)
+    remote, local = RemoteObject(S3Uri("b", "l"), 200, ""), tmp_path / "v"
+    pictures: list[File] = [RemoteObject(S3Uri("b", "p"), 30, ""), local]
+    weights = {"base_weights": (Single(remote, streamed=False), Single(local, streamed=False))}
+    assert _to_fetch(model, pictures, Extras(weights, None, None)) == 1230
+    weights["vae"] = (Single(local, streamed=True),)
+    assert _to_fetch(model, pictures, Extras(weights, None, None)) == 1240
+
+
+def test_fp16_keeps_sdxls_own_vae_in_fp32_and_not_one_that_is_given(tmp_path: Path) -> None:
+    asked, _ = config.read("mixed_precision = 'fp16'\nno_half_vae = false", "job.toml")
+    merged = config.merge("sdxl", [config.preset("sdxl"), asked])
+    scripts = SdScripts(tmp_path, Path(sys.executable))
+    assert _sd_scripts(scripts, "sdxl", merged, None)[0].values["no_half_vae"] is True
+    with_vae = config.change(merged, {"vae": "v.safetensors"}, "channel vae")
+    assert _sd_scripts(scripts, "sdxl", with_vae, None)[0].values["no_half_vae"] is False
