@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +44,32 @@ print(json.dumps({
 STILL = ("--unet_lr=1e-12", "--text_encoder_lr=1e-12")  # whatever was loaded is saved as it was
 
 
+SHORT = {**TINY, "trainer": "sd-scripts", "max_train_epochs": "1"}
+
+
 @pytest.fixture
 def ready(job: Job, base_models: dict[Kind, Path]) -> Job:
     """A job by channels that lacks its data set."""
     job.environment["PYTHONPATH"] = str(NARROW)
     job.mount("model", base_models["sd15"])
-    job.configure("hyperparameters", {**TINY, "trainer": "sd-scripts", "max_train_epochs": "1"})
+    job.configure("hyperparameters", SHORT)
     return job
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, base_models: dict[Kind, Path], pictures: Path
+) -> Iterator[Path]:
+    """A LoRA that sd-scripts made, of rank 4."""
+    job = Job(tmp_path_factory.mktemp("trained"))
+    job.environment["PYTHONPATH"] = str(NARROW)
+    job.mount("model", base_models["sd15"])
+    job.mount("dataset", pictures)
+    job.configure("hyperparameters", SHORT)
+    result = job.run()
+    assert result.code == 0, result.out + result.err
+    yield job.model / "shape.safetensors"
+    job.end()
 
 
 def write_vae(path: Path) -> Path:
@@ -61,13 +81,14 @@ def write_vae(path: Path) -> Path:
     return path
 
 
-def write_lora(path: Path, like: Path) -> dict[str, np.ndarray]:
-    """A LoRA of the same shapes as another one, of random numbers."""
+def write_lora(path: Path, like: Path, *, rank: int = 4, alpha: float = 4) -> dict[str, np.ndarray]:
+    """A LoRA of random numbers with the modules of another one."""
     rng = np.random.default_rng(0)
-    tensors = {
-        name: tensor if name.endswith(".alpha") else rng.normal(0, 1e-2, tensor.shape).astype(tensor.dtype)
-        for name, tensor in load_file(like).items()
-    }
+    tensors = {}
+    for name, tensor in load_file(like).items():
+        shape = tuple(rank if size == 4 and "lora" in name.split(".")[1] else size for size in tensor.shape)
+        random = rng.normal(0, 1e-2, shape) if shape else np.array(alpha)
+        tensors[name] = random.astype(tensor.dtype)
     save_file(tensors, path)
     return tensors
 
@@ -78,11 +99,10 @@ def metadata(lora: Path) -> dict[str, str]:
     return found
 
 
-def test_vae_reg_weights_and_sample_prompts(ready: Job, pictures: Path, tmp_path: Path) -> None:
+def test_vae_reg_weights_and_sample_prompts(
+    ready: Job, pictures: Path, trained: Path, tmp_path: Path
+) -> None:
     ready.mount("dataset", pictures)
-    first = ready.run()
-    assert first.code == 0, first.out + first.err
-    trained = ready.model / "shape.safetensors"
     given = write_lora(tmp_path / "given.safetensors", trained)
     write_lora(tmp_path / "merged.safetensors", trained)
     ready.mount("vae", write_vae(tmp_path / "other-vae.safetensors"))
@@ -111,11 +131,12 @@ def test_vae_reg_weights_and_sample_prompts(ready: Job, pictures: Path, tmp_path
     for name in ("vae/other-vae", "weights/given", "weights/merged"):
         path = ready.tree / "input" / "data" / f"{name}.safetensors"
         assert f"fetch: reading {path} once, in order" in result.out
-    told = metadata(trained)
+    lora = ready.model / "shape.safetensors"
+    told = metadata(lora)
     assert told["ss_vae_name"] == "other-vae.safetensors"
     assert (told["ss_num_train_images"], told["ss_num_reg_images"]) == ("8", "4")
     assert json.loads(told["ss_reg_dataset_dirs"]) == {"1_square": {"n_repeats": 1, "img_count": 4}}
-    saved = load_file(trained)
+    saved = load_file(lora)
     assert any("resnets" in name for name in saved.keys() - given.keys())  # which base_weights brings about
     for name, tensor in given.items():
         np.testing.assert_allclose(saved[name], tensor, atol=1e-4)
@@ -131,6 +152,22 @@ def test_vae_reg_weights_and_sample_prompts(ready: Job, pictures: Path, tmp_path
     assert 'sample_prompts = "prompts.txt"' in kept
     assert "vae" not in kept.replace("vae_batch_size", "")
     assert "reg_data_dir" not in kept
+
+
+def test_dim_from_weights(ready: Job, pictures: Path, trained: Path, tmp_path: Path) -> None:
+    given = write_lora(tmp_path / "given.safetensors", trained, rank=8, alpha=2)
+    ready.mount("dataset", pictures)
+    ready.mount("weights", tmp_path / "given.safetensors")
+    result = ready.run(*STILL, "--dim_from_weights")
+    assert result.code == 0, result.out + result.err
+    assert "network_dim = 4 becomes 8: dim_from_weights" in result.out
+    lora = ready.model / "shape.safetensors"
+    saved = load_file(lora)
+    assert saved.keys() == given.keys()
+    for name, tensor in given.items():
+        np.testing.assert_allclose(saved[name], tensor, atol=1e-4)
+    told = metadata(lora)
+    assert (told["ss_network_dim"], told["ss_network_alpha"]) == ("8", "2.0")
 
 
 def test_dataset_config(ready: Job, pictures: Path, tmp_path: Path, s3: S3Server, bucket: S3Uri) -> None:

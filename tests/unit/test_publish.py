@@ -69,3 +69,22 @@ def test_what_cannot_be_put_in_one_place_is_still_put_in_the_others(tmp_path: Pa
         assert (folder / "sample" / "cat_e000001_00.png").read_text() == "a picture"
     written = (tmp_path / "cat.toml").read_text()  # to run again: names, and no paths of this job
     assert written == 'network_weights = "cat-1.safetensors"\noutput_name = "cat"\nseed = 1\n'
+
+
+def test_esd_is_sent_loras_and_no_samples(tmp_path: Path) -> None:
+    lora, output = tmp_path / "cat.safetensors", tmp_path / "elsewhere"
+    lora.write_text("a LoRA")
+    (tmp_path / "sample").mkdir()
+    (tmp_path / "sample" / "cat_e000001_00.png").write_text("a picture")
+    job: Any = SimpleNamespace(
+        tree=Tree(tmp_path / "ml"),
+        work=tmp_path,
+        started=0.0,
+        loras=[SimpleNamespace(path=lora)],
+        request=SimpleNamespace(output=output, logs=None, flat=True),
+        prepared=SimpleNamespace(
+            output_name="cat", output=tmp_path, plan=SimpleNamespace(merged=SimpleNamespace(values={}))
+        ),
+    )
+    results(job, SimpleNamespace())  # type: ignore[arg-type]
+    assert [path.name for path in output.iterdir()] == ["cat.safetensors"]
