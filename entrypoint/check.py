@@ -71,7 +71,7 @@ class Plan:
 def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> Plan:
     """Look at everything that was named, without fetching it. Raises Unfit with every problem found."""
     problems = list(request.problems)
-    model, merged, extras, data_set, reg, scripts = None, None, None, None, None, None
+    model, data_set, reg, scripts = None, None, None, None
     data_files: dict[str, File] = {}
     reg_files: dict[str, File] = {}
     toml: list[Setting] = []
@@ -80,14 +80,12 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
         model, kind = _model(request, storage)
     with collecting(problems):
         toml, beside = _toml(request, storage)
-    if kind is None:  # the base model's own problem is told; the options' can be, held against all there are
-        every = config.merge("sdxl", [config.preset("sdxl"), toml, *request.layers])
-        problems += [*every.problems, *inputs.find(request, beside, None, every, storage)[2]]
-    else:
-        merged = config.merge(kind, [config.preset(kind), _machine(gpu), toml, *request.layers])
-        problems += merged.problems
-        extras, merged, wrong = inputs.find(request, beside, kind, merged, storage)
-        problems += wrong
+    held = kind or "sdxl"  # which has every option, where the base model has a problem of its own
+    merged = config.merge(held, [config.preset(held), _machine(gpu), toml, *request.layers])
+    problems += merged.problems
+    extras, merged, wrong = inputs.find(request, beside, kind, merged, storage)
+    problems += wrong
+    if kind is not None:
         scripts, merged, wrong = _trainer(request, kind, merged, gpu)
         problems += wrong
     with collecting(problems):
@@ -109,7 +107,7 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
     if model is not None and data_set is not None:
         remote = _to_fetch(model, [*data_files.values(), *reg_files.values()], extras)
         problems += _disk(remote, tree, scratch)
-    if problems or model is None or kind is None or merged is None or data_set is None or extras is None:
+    if problems or model is None or kind is None or data_set is None:
         raise Unfit(problems)
     return Plan(request, kind, model, data_set, data_files, reg, reg_files, extras, merged, gpu, scripts)
 
@@ -300,9 +298,9 @@ def _sd_scripts(
     return config.change(merged, {"console_log_simple": True}, "the job"), problems
 
 
-def _to_fetch(model: ModelFile, pictures: Iterable[File], extras: Extras | None) -> int:
+def _to_fetch(model: ModelFile, pictures: Iterable[File], extras: Extras) -> int:
     """The bytes that are put on disk: what lies in S3 or is streamed, and what comes out of a tar."""
-    singles = [single for found in extras.weights.values() for single in found] if extras else []
+    singles = [single for found in extras.weights.values() for single in found]
     singles.append(Single(model.file, model.streamed))
     fetched: list[File] = [file for file in pictures if isinstance(file, RemoteObject)]
     fetched += [one.file for one in singles if one.streamed or isinstance(one.file, RemoteObject)]

@@ -64,6 +64,8 @@ def find(
             merged, found, wrong = _loras(request.weights, kind, merged, storage)
             weights |= found
             problems += wrong
+    if folder is None and request.config is not None:  # which could not be read, and has told why
+        return Extras(weights, None, None), merged, problems
     with collecting(problems):
         if setting := merged.settings.get("sample_prompts"):
             prompts = _prompts(setting, folder, storage)
@@ -74,7 +76,7 @@ def find(
 
 
 def pictures(
-    request: JobRequest, source: Source, merged: Merged | None, extras: Extras | None, storage: Storage
+    request: JobRequest, source: Source, merged: Merged, extras: Extras, storage: Storage
 ) -> tuple[DataSet, dict[str, File], list[Problem]]:
     """The data set or the regularisation pictures, their files by path below it, and all that is wrong.
 
@@ -82,9 +84,9 @@ def pictures(
     """
     found = files.listing(source, storage)
     sizes, where = {name: files.size(file) for name, file in found.items()}, str(source.location)
-    values, is_reg = merged.values if merged else {}, source is request.reg
+    values, is_reg = merged.values, source is request.reg
     if "dataset_config" in values:  # which has told its own problems, if it cannot be read
-        told = extras.dataset_config.folders if extras and extras.dataset_config else ()
+        told = extras.dataset_config.folders if extras.dataset_config else ()
         wanted = [folder for folder in told if folder.is_reg == is_reg]
         data_set, problems = dataset.inspect_folders(
             sizes, where, wanted, allow_missing_captions=request.allow_missing_captions

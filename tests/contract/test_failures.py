@@ -208,6 +208,10 @@ def test_a_dataset_config_alone_is_no_configuration(ready: Job, tmp_path: Path) 
     result = ready.run("--dataset_config=data.toml")
     told = f"{config / 'data.toml'}: [[datasets]] 1, subset 1: image_dir = '/home/me/cat' names no folder"
     assert_refused(ready, result, told)
+    (config / "job.toml").write_text("seed = ")
+    result = ready.run("--dataset_config=data.toml")
+    assert_refused(ready, result, "job.toml: it is not TOML")
+    assert "no channel config" not in result.err
 
 
 def test_s3_location_beside_uris(ready: Job) -> None:
