@@ -1,25 +1,25 @@
 """Every check that can be made before the first byte of the model is paid for, and one report of them."""
 
 import importlib.util
-import io
 import os
 import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
-from entrypoint import checkpoint, console, dataset
+from entrypoint import checkpoint, console, files, inputs
 from entrypoint.checkpoint import NotABaseModel
 from entrypoint.contract import Tree
 from entrypoint.dataset import DataSet
 from entrypoint.failures import Problem, Unfit, collecting
-from entrypoint.request import JobRequest, Source
-from entrypoint.storage import RemoteObject, S3Uri, Storage, safe_relative
+from entrypoint.files import File, Single
+from entrypoint.inputs import Extras
+from entrypoint.request import JobRequest, Location, Source
+from entrypoint.storage import RemoteObject, S3Uri, Storage
 from kohya import config, sd_scripts, tokenizers
 from kohya.builtin.options import problems as builtin_problems
 from kohya.config import Kind, Merged, Setting
@@ -28,12 +28,9 @@ from kohya.sd_scripts import SdScripts
 OUTPUT_BYTES = 1_000_000_000  # room for LoRAs, event logs and the trainer's own files
 LONGEST_TMPDIR = 50  # characters, to which the job's and the workers' own folders are added
 SHARED_MEMORY = 1 << 30  # bytes in /dev/shm, with which loader workers get on
-_TOML_BYTES = 1 << 20
 _MODEL_ENDINGS = (".safetensors", ".tar", ".ckpt")
 _ESD_TAGGER = "enable_wd14_tagger"  # ESD's WebUI leaves its captioning flag in the TOML
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "tensorboard", "PIL")
-
-File = RemoteObject | Path
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,9 @@ class Plan:
     model: ModelFile
     dataset: DataSet
     dataset_files: Mapping[str, File]  # by path below the data set's root
+    reg: DataSet | None  # regularisation pictures
+    reg_files: Mapping[str, File]
+    extras: Extras
     merged: Merged
     gpu: Gpu | None
     sd_scripts: SdScripts | None  # None: the built-in trainer
@@ -72,29 +72,30 @@ class Plan:
 def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> Plan:
     """Look at everything that was named, without fetching it. Raises Unfit with every problem found."""
     problems = list(request.problems)
-    model, merged, files, scripts = None, None, None, None
-    kind, toml, gpu = request.kind, [], find_gpu()
+    model, data_set, reg, scripts = None, None, None, None
+    data_files: dict[str, File] = {}
+    reg_files: dict[str, File] = {}
+    toml: list[Setting] = []
+    kind, beside, gpu = request.kind, None, find_gpu()
     with collecting(problems):
         model, kind = _model(request, storage)
     with collecting(problems):
-        toml = _toml(request, storage)
-    if kind is None:  # the base model's own problem is told; the options' can be, held against all there are
-        problems += config.merge("sdxl", [config.preset("sdxl"), toml, *request.layers]).problems
-    else:
-        merged = config.merge(kind, [config.preset(kind), _machine(gpu), toml, *request.layers])
-        problems += merged.problems
+        toml, beside = _toml(request, storage)
+    held = kind or "sdxl"  # which has every option, where the base model has a problem of its own
+    merged = config.merge(held, [config.preset(held), _machine(gpu), toml, *request.layers])
+    problems += merged.problems
+    extras, merged, wrong = inputs.find(request, beside, kind, merged, storage)
+    problems += wrong
+    if kind is not None:
         scripts, merged, wrong = _trainer(request, kind, merged, gpu)
         problems += wrong
     with collecting(problems):
-        files = _files(request.dataset, storage)
-        data_set, wrong = dataset.inspect(
-            {name: _size(file) for name, file in files.items()},
-            str(request.dataset.location),
-            caption_extension=str(merged.values.get("caption_extension", ".txt") if merged else ".txt"),
-            allow_missing_captions=request.allow_missing_captions,
-        )
+        data_set, data_files, wrong = inputs.pictures(request, request.dataset, merged, extras, storage)
         problems += wrong
-        files = {name: files[name] for name in data_set.files}
+    with collecting(problems):
+        if request.reg is not None:
+            reg, reg_files, wrong = inputs.pictures(request, request.reg, merged, extras, storage)
+            problems += wrong
     for place in (request.output, request.logs):
         if isinstance(place, S3Uri):
             with collecting(problems):
@@ -104,11 +105,12 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
     for folder in (tree.tensorboard, tree.failure.parent):
         if problem := _unwritable(folder, "Set SAGEMAKER_BASE_DIR to a folder of your own"):
             problems.append(problem)
-    if model is not None and files is not None:
-        problems += _disk(model, files, tree, scratch)
-    if problems or model is None or kind is None or merged is None or files is None:
+    if model is not None and data_set is not None:
+        remote = _to_fetch(model, [*data_files.values(), *reg_files.values()], extras)
+        problems += _disk(remote, tree, scratch)
+    if problems or model is None or kind is None or data_set is None:
         raise Unfit(problems)
-    return Plan(request, kind, model, data_set, files, merged, gpu, scripts)
+    return Plan(request, kind, model, data_set, data_files, reg, reg_files, extras, merged, gpu, scripts)
 
 
 def find_gpu() -> Gpu | None:
@@ -133,11 +135,11 @@ def _visible(count: int) -> int:
 
 def _model(request: JobRequest, storage: Storage) -> tuple[ModelFile, Kind]:
     """The base model's file and, from its header, its kind."""
-    file = _one_file(request.model, _MODEL_ENDINGS, "base model", storage)
-    where = f"{request.model.where}: {_name(file)}"
+    file = files.only(request.model, _MODEL_ENDINGS, "base model", storage)
+    where = f"{request.model.where}: {files.name_of(file)}"
     try:
-        with _opened(file, storage) as opened:
-            member, header = _header(opened, _size(file), _name(file))
+        with files.opened(file, storage) as opened:
+            member, header = _header(opened, files.size(file), files.name_of(file))
         kind = checkpoint.identify(header)
     except NotABaseModel as error:
         fix = "Give a Stable Diffusion 1.5 or SDXL checkpoint as one .safetensors file"
@@ -148,7 +150,7 @@ def _model(request: JobRequest, storage: Storage) -> tuple[ModelFile, Kind]:
     if request.kind not in (None, kind):
         wrong = f"it is an {kind} model, and the job asks for {request.kind}"
         raise Unfit([Problem(where, wrong, f"Give an {request.kind} model, or ask for {kind}")])
-    return ModelFile(file, _size(file), member, request.model.streamed), kind
+    return ModelFile(file, files.size(file), member, request.model.streamed), kind
 
 
 def _header(file: BinaryIO, size: int, name: str) -> tuple[str | None, checkpoint.Header]:
@@ -172,23 +174,15 @@ def _is_model(name: str) -> bool:
     return name.endswith(".safetensors") and not PurePosixPath(name).name.startswith("._")  # of macOS
 
 
-def _toml(request: JobRequest, storage: Storage) -> list[Setting]:
-    """The settings of the user's TOML; none where there is none."""
+def _toml(request: JobRequest, storage: Storage) -> tuple[list[Setting], Location | None]:
+    """The settings of the user's TOML, and the folder that it lies in; none where there is none."""
     if request.config is None:
-        return []
-    file = _one_file(request.config, (".toml",), "configuration", storage)
-    where = f"{request.config.where}: {_name(file)}"
-    try:
-        with _opened(file, storage) as opened:
-            content = opened.read(_TOML_BYTES + 1)
-        text = content.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Unfit([Problem(where, f"it cannot be read ({error})", "Save it as UTF-8")]) from error
-    if len(content) > _TOML_BYTES:
-        raise Unfit(
-            [Problem(where, "it has more than 1 MiB", "Give a TOML that holds the configuration alone")]
-        )
-    settings, problems = config.read(text, _name(file), any_depth=request.flat)
+        return [], None
+    found = _configuration(request, request.config, storage)
+    if found is None:
+        return [], request.config.location
+    file, text = found
+    settings, problems = config.read(text, files.name_of(file), any_depth=request.flat)
     for setting in settings:
         if setting.name in console.SECRET_OPTIONS:
             console.hide(map(str, setting.value if isinstance(setting.value, list) else [setting.value]))
@@ -200,7 +194,35 @@ def _toml(request: JobRequest, storage: Storage) -> list[Setting]:
             problems.append(Problem(asked[0].where, wrong, f"Write {_ESD_TAGGER} = false"))
     if problems:
         raise Unfit(problems)
-    return list(settings)
+    parent = (
+        file.parent if isinstance(file, Path) else S3Uri(file.uri.bucket, file.uri.key.rpartition("/")[0])
+    )
+    return list(settings), parent
+
+
+def _configuration(request: JobRequest, source: Source, storage: Storage) -> tuple[File, str] | None:
+    """The TOML that is the configuration, and its content; None where other files alone lie there.
+
+    Where there are several, those that an option names, here or in one of them, are something else.
+    """
+    named = {str(one.value) for layer in request.layers for one in layer if one.name in inputs.BESIDE}
+    endings = (".toml", ".txt", ".json") if named else (".toml",)
+    there = files.matching(source, endings, "configuration", storage)
+    if source.location.name not in there:
+        there = {name: file for name, file in there.items() if name.endswith(".toml") and name not in named}
+    if not there:
+        return None
+    texts = {
+        name: files.text_of(file, f"{source.where}: {files.name_of(file)}", storage)
+        for name, file in there.items()
+    }
+    if len(texts) > 1:
+        settings = [one for name, text in texts.items() for one in config.read(text, name)[0]]
+        named = {str(one.value) for one in settings if one.name in inputs.BESIDE}
+        there = {name: file for name, file in there.items() if name not in named} or there
+    fix = "Leave one, or name the configuration itself"
+    file = files.sole(there, source, fix)
+    return file, texts[next(iter(there))]
 
 
 def _machine(gpu: Gpu | None) -> Sequence[Setting]:
@@ -297,7 +319,8 @@ def _sd_scripts(
             where = merged.settings[wanted[module]].where if module in wanted else "trainer sd-scripts"
             wrong = f"{module} cannot be imported by {found.python}"
             problems.append(Problem(where, wrong, f"Type: {found.python} -m pip install {module}"))
-    if kind == "sdxl" and values["mixed_precision"] == "fp16" and not values.get("no_half_vae"):
+    own_vae = "vae" not in values  # a VAE that is given instead may be one that was mended for fp16
+    if kind == "sdxl" and own_vae and values["mixed_precision"] == "fp16" and not values.get("no_half_vae"):
         merged = config.change(merged, {"no_half_vae": True}, "SDXL's VAE makes NaN in fp16")
     if values.get("cache_text_encoder_outputs") and values.get("shuffle_caption"):  # as our preset has it
         merged = config.change(merged, {"shuffle_caption": False}, "cached text is not shuffled")
@@ -311,34 +334,17 @@ def _sd_scripts(
     return config.change(merged, own, "the job"), problems
 
 
-def _files(source: Source, storage: Storage) -> dict[str, File]:
-    """Every file of a folder, by its path below it."""
-    location = source.location
-    if isinstance(location, S3Uri):
-        return {safe_relative(item.uri, location): item for item in storage.list(location)}
-    if not location.is_dir():
-        raise Unfit([Problem(f"{source.where}: {location}", "it is not a folder", "Correct the path")])
-    return {path.relative_to(location).as_posix(): path for path in _walk(location)}
+def _to_fetch(model: ModelFile, pictures: Iterable[File], extras: Extras) -> int:
+    """The bytes that are put on disk: what lies in S3 or is streamed, and what comes out of a tar."""
+    singles = [single for found in extras.weights.values() for single in found]
+    singles.append(Single(model.file, model.streamed))
+    fetched: list[File] = [file for file in pictures if isinstance(file, RemoteObject)]
+    fetched += [one.file for one in singles if one.streamed or isinstance(one.file, RemoteObject)]
+    return sum(map(files.size, fetched)) + (0 if model.member is None else model.size)
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """Every file below a folder, through links to folders too, but never twice into the same one."""
-    seen: set[Path] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        if (real := Path(folder).resolve()) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (path for name in files if (path := Path(folder, name)).is_file())
-
-
-def _disk(model: ModelFile, files: Mapping[str, File], tree: Tree, scratch: Path) -> list[Problem]:
+def _disk(fetched: int, tree: Tree, scratch: Path) -> list[Problem]:
     """Whether what is fetched and what is made find room, and whether the results can be written."""
-    fetched = sum(file.size for file in files.values() if isinstance(file, RemoteObject))
-    if isinstance(model.file, RemoteObject) or model.streamed:
-        fetched += model.size
-    if model.member is not None:
-        fetched += model.size
     problems = []
     for folder, needed, what in (
         (scratch, fetched + OUTPUT_BYTES, "the inputs and the trainer's files"),
@@ -361,73 +367,3 @@ def _unwritable(folder: Path, fix: str) -> Problem | None:
             return None
     except OSError as error:
         return Problem(str(folder), f"it cannot be written to ({error.strerror})", fix)
-
-
-def _one_file(source: Source, endings: tuple[str, ...], what: str, storage: Storage) -> File:
-    """The file that `source` names, or the only one with such an ending in the folder that it names.
-
-    Raises Unfit where there is none or more than one, StorageError where S3 says no.
-    """
-    location = source.location
-    where = f"{source.where}: {location}"
-    if isinstance(location, S3Uri) and location.key.endswith(endings):
-        return storage.head(location)
-    if isinstance(location, Path) and location.is_file():
-        return location
-    if isinstance(location, Path) and not location.is_dir():
-        raise Unfit([Problem(where, "there is no such file or folder", "Correct the path")])
-    files = _files(source, storage)
-    found = [file for name, file in sorted(files.items()) if name.endswith(endings)]
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        wrong, fix = f"there is no {what} ({', '.join(endings)})", "Put the file there, or name it"
-    else:
-        names = ", ".join(_name(file).rsplit("/", 1)[-1] for file in found[:5])
-        wrong, fix = f"there are {len(found)} files ({names})", f"Leave one, or name the {what} itself"
-    raise Unfit([Problem(where, wrong, fix)])
-
-
-def _size(file: File) -> int:
-    return file.size if isinstance(file, RemoteObject) else file.stat().st_size
-
-
-def _name(file: File) -> str:
-    return str(file) if isinstance(file, Path) else str(file.uri)
-
-
-@contextmanager
-def _opened(file: File, storage: Storage) -> Iterator[BinaryIO]:
-    """The file for reading, wherever it is."""
-    if isinstance(file, Path):
-        with file.open("rb") as opened:
-            yield opened
-    else:
-        yield cast(BinaryIO, io.BufferedReader(_Ranges(file, storage), 1 << 16))
-
-
-class _Ranges(io.RawIOBase):
-    """An object in S3 as a file that is read by ranges: a header of it costs the header's bytes."""
-
-    def __init__(self, file: RemoteObject, storage: Storage) -> None:
-        self._file, self._storage, self._position = file, storage, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]
-        self._position = start + offset
-        return self._position
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        length = min(len(buffer), self._file.size - self._position)
-        if length <= 0:
-            return 0
-        content = self._storage.read_range(self._file.uri, self._position, length)
-        buffer[: len(content)] = content
-        self._position += len(content)
-        return len(content)

@@ -6,7 +6,7 @@ little-endian; the header, JSON, tensor name → dtype, shape, data_offsets; the
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 
 from entrypoint.failures import BadLora
-from kohya.config import Kind
+from kohya.config import KINDS, Kind
 
 _ENDS = (".alpha", ".lora_down.weight", ".lora_up.weight")
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
@@ -26,7 +26,11 @@ _SDXL_TEXT = "conditioner.embedders.1.model."
 _UNET_IN = "model.diffusion_model.input_blocks.0.0.weight"  # (channels, 4, 3, 3)
 
 
-class NotABaseModel(ValueError):
+class WrongFile(ValueError):
+    """The file is not what it was given as. Its text names what it is instead."""
+
+
+class NotABaseModel(WrongFile):
     """The file is not a base model that can be trained. Its text names what it is instead."""
 
 
@@ -64,6 +68,59 @@ def identify(header: Header) -> Kind:
     raise NotABaseModel(f"it is {_other(header)}, and not an SD1.5 or SDXL base model in one file")
 
 
+def identify_vae(header: Header) -> None:
+    """Raises WrongFile unless it is a VAE as load_vae of sd-scripts reads it (model_util.py:1269-1310).
+
+    SD1.5's and SDXL's have the same tensors: which of them it is does not show.
+    """
+    names = {name.removeprefix("first_stage_model."): fact for name, fact in header.items()}
+    if _has(names, "encoder.down_blocks."):
+        raise WrongFile("it is a VAE in diffusers' layout, and sd-scripts reads a file in the original one")
+    if "encoder.down.0.block.0.norm1.weight" not in names or _has(header, "model.diffusion_model."):
+        raise WrongFile(f"it is {_other(header)}, and not a VAE")
+    channels = names.get("encoder.conv_out.weight", {}).get("shape", [0])[0] // 2  # mean and variance
+    if channels != 4:
+        raise WrongFile(f"it is a VAE with {channels} latent channels, and not one for SD1.5 or SDXL")
+
+
+def identify_lora(header: Header) -> Kind:
+    """The kind of base model that a LoRA with kohya's names is for. Raises WrongFile.
+
+    sd-scripts leaves out every name that it does not know, without an error (networks/lora.py:1079).
+    """
+    found = modules_of(header)
+    if any(re.match(r"lora_unet_(down|mid|up)_block.*_transformer_blocks_1_", name) for name in found):
+        raise WrongFile("it is an SDXL LoRA with diffusers' names of blocks, and not with kohya's")
+    for kind in KINDS:
+        if not found.isdisjoint(modules(kind)):
+            return kind
+    raise WrongFile(f"it is {_other(header)}, and not an SD1.5 or SDXL LoRA with kohya's names")
+
+
+def modules_of(header: Header) -> set[str]:
+    """The modules of a LoRA, by its tensors' names."""
+    return {name.split(".")[0] for name in header}
+
+
+def ranks(header: Header, names: Iterable[str]) -> set[int]:
+    """The ranks that these modules of a LoRA have."""
+    down = (header.get(f"{name}.lora_down.weight") for name in names)
+    return {int(fact.get("shape", [0])[0]) for fact in down if fact is not None}
+
+
+def alpha(file: BinaryIO, start: int, header: Header) -> float | None:
+    """The first alpha of a LoRA whose numbers begin at byte `start`; None where it has none."""
+    fact: Header = next((fact for name, fact in header.items() if name.endswith(".alpha")), {})
+    if fact.get("dtype") not in (*_DTYPES, "BF16"):
+        return None
+    begin, end = fact["data_offsets"]
+    file.seek(start + begin)
+    content = file.read(end - begin)
+    if fact["dtype"] == "BF16":  # the upper half of a float32
+        return float(np.frombuffer(b"\0\0" + content, np.float32)[0])
+    return float(np.frombuffer(content, _DTYPES[fact["dtype"]])[0])
+
+
 _OTHERS = {  # how the tensors' names begin → what it is
     "lora_": "a LoRA",
     "unet.": "a LoRA in diffusers' format",
@@ -74,6 +131,8 @@ _OTHERS = {  # how the tensors' names begin → what it is
     "conditioner.embedders.0.model.": "the SDXL refiner",
     "text_model.": "a text encoder",
     "down_blocks.": "a U-Net in diffusers' format",
+    "model.diffusion_model.": "a checkpoint with a U-Net",
+    "first_stage_model.": "a VAE",
     "encoder.": "a VAE",
 }
 
@@ -151,9 +210,9 @@ def _compare(name: str, kind: Kind, tensors: set[str], expected: set[str]) -> No
         raise BadLora(f"{name} lacks {len(absent)} tensors, {absent[0]} first.")
 
 
-def _parts(names: set[str]) -> set[str]:
-    """The trained parts of the model: lora_unet, lora_te, lora_te1, lora_te2."""
-    return {"_".join(name.split("_")[:2]) for name in names}
+def part(module: str) -> str:
+    """The part of the model that a module belongs to: lora_unet, lora_te, lora_te1, lora_te2."""
+    return "_".join(module.split("_")[:2])
 
 
 def modules(kind: Kind, *, unet: bool = True, text_encoders: bool = True) -> list[str]:

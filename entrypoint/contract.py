@@ -15,7 +15,7 @@ from typing import Any
 from entrypoint.console import redact, warn
 from kohya.problem import Problem
 
-CHANNELS = ("model", "dataset", "config")
+CHANNELS = ("model", "dataset", "config", "vae", "reg", "weights")
 FAILURE_BYTES = 980  # SageMaker keeps 1,024 characters of the failure file and adds words of its own
 _PLATFORM = ("sagemaker_", "_tuning_")  # hyperparameters that the SDK and tuning jobs add for themselves
 _MANIFEST = "-manifest"  # SageMaker puts a file <channel>-manifest beside some channels
@@ -49,6 +49,11 @@ class Tree:
     def tensorboard(self) -> Path:
         """Event logs, copied to S3 while the job runs if it has a TensorBoardOutputConfig."""
         return self.base / "output" / "tensorboard"
+
+    @property
+    def data(self) -> Path:
+        """Becomes output.tar.gz, together with the failure file."""
+        return self.base / "output" / "data"
 
     @property
     def checkpoints(self) -> Path:

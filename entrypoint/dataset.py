@@ -7,10 +7,11 @@ x.png has its caption in x.txt. Whatever does not fit it leaves out without an e
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from kohya.dataset_config import Folder
 from kohya.problem import Problem
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # train_util.py:104
@@ -29,11 +30,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Subset:
-    """One folder as the trainer will see it, `N_name`."""
+    """One folder as the trainer will see it: `N_name`, or any where a dataset_config says the rest."""
 
     folder: str
     repeats: int
     pictures: tuple[Picture, ...]
+    caption_extension: str  # with its dot
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,6 @@ class DataSet:
 
     subsets: tuple[Subset, ...]
     notes: tuple[str, ...]
-    caption_extension: str  # with its dot
 
     @property
     def pictures(self) -> int:
@@ -67,29 +68,21 @@ def inspect(
     *,
     caption_extension: str = ".txt",
     allow_missing_captions: bool = False,
+    flat: bool = True,
 ) -> tuple[DataSet, list[Problem]]:
     """The data set that a listing (path below the root → bytes) shows, and all that is wrong with it.
 
-    Pictures that all stand in the root are taken as one folder `10_<name>`, after the last part of `where`.
+    Pictures that all stand in the root are taken as one folder `10_<name>`, after the last part of `where`;
+    not so unless `flat`: of regularisation pictures the folder's name is the class word.
     """
-    visible = {
-        path: size
-        for path, size in sizes.items()
-        if not any(part.startswith(".") for part in path.split("/"))
-    }
-    extension = f".{caption_extension.removeprefix('.')}"
-    by_lower = {path.lower(): path for path in visible}
-    folders: dict[str, list[str]] = defaultdict(list)
-    for path in sorted(visible):
-        if PurePosixPath(path).suffix.lower() in PICTURES:
-            folders[str(PurePosixPath(path).parent)].append(path)
+    visible, folders = _folders(sizes)
     problems: list[Problem] = []
     notes: list[str] = []
     subsets: list[Subset] = []
     for folder, pictures in folders.items():
         at = where if folder == "." else f"{where.rstrip('/')}/{folder}"
         trained = folder
-        if folder == "." and len(folders) == 1:
+        if folder == "." and len(folders) == 1 and flat:
             name = _plain(PurePosixPath(where).name)
             trained = f"{FLAT_REPEATS}_{name}"
             notes.append(
@@ -99,16 +92,42 @@ def inspect(
         elif problem := _misplaced(folder, pictures, where, at):
             problems.append(problem)
             continue
-        found = tuple(Picture(path, _caption(path, visible, by_lower, extension)) for path in pictures)
-        problems += _caption_problems(found, visible, at, extension, allow_missing_captions)
-        subsets.append(Subset(trained, _repeats(trained), found))
+        subset = _subset(trained, _repeats(trained), pictures, visible, caption_extension)
+        problems += _caption_problems(subset, visible, at, allow_missing_captions)
+        subsets.append(subset)
     if not folders:
         seen = f"among its {_count(list(visible), 'file')}" if visible else "in it"
         wrong = f"there is no picture ({', '.join(PICTURES)}) {seen}"
         problems.append(
             Problem(where, wrong, "Put pictures with captions into N_name folders such as 10_photo there")
         )
-    return DataSet(tuple(subsets), tuple(notes), extension), problems
+    return DataSet(tuple(subsets), tuple(notes)), problems
+
+
+def inspect_folders(
+    sizes: Mapping[str, int], where: str, wanted: Sequence[Folder], *, allow_missing_captions: bool = False
+) -> tuple[DataSet, list[Problem]]:
+    """The data set that a dataset_config makes of a listing, one subset a folder, and all that is wrong.
+
+    sd-scripts takes the pictures right inside each folder, and leaves out a folder that has none.
+    """
+    visible, folders = _folders(sizes)
+    problems: list[Problem] = []
+    subsets: list[Subset] = []
+    for number, folder in enumerate(wanted):
+        pictures = folders.get(folder.image_dir, [])
+        if not pictures:
+            there = ", ".join(sorted(folders)[:5]) or "none"
+            wrong = f'no picture is right inside the folder "{folder.image_dir}" of {where}'
+            problems.append(Problem(folder.where, wrong, f"Name a folder with pictures; there are: {there}"))
+        # A folder that two subsets name is linked twice: their captions may have two endings.
+        name = f"{number}/{_plain(PurePosixPath(where, folder.image_dir).name)}"
+        subset = _subset(name, folder.repeats, pictures, visible, folder.caption_extension)
+        at = f"{where.rstrip('/')}/{folder.image_dir}"
+        may_lack = allow_missing_captions or folder.is_reg or folder.has_class
+        problems += _caption_problems(subset, visible, at, may_lack)
+        subsets.append(subset)
+    return DataSet(tuple(subsets), ()), problems
 
 
 def link(data_set: DataSet, sources: Mapping[str, Path], root: Path) -> dict[Path, str]:
@@ -126,7 +145,7 @@ def link(data_set: DataSet, sources: Mapping[str, Path], root: Path) -> dict[Pat
             name = PurePosixPath(picture.path)
             links[folder / f"{name.stem}{name.suffix.lower()}"] = picture.path
             if picture.caption is not None:
-                links[folder / f"{name.stem}{data_set.caption_extension}"] = picture.caption
+                links[folder / f"{name.stem}{subset.caption_extension}"] = picture.caption
     for made, path in links.items():
         made.symlink_to(sources[path])
     return links
@@ -137,6 +156,29 @@ def as_given(text: str, origins: Mapping[str, str]) -> str:
     for path in sorted(origins, key=len, reverse=True):
         text = text.replace(path, origins[path])
     return text
+
+
+def _folders(sizes: Mapping[str, int]) -> tuple[dict[str, int], dict[str, list[str]]]:
+    """The files that are not hidden, and the pictures among them by their folder."""
+    visible = {
+        path: size
+        for path, size in sizes.items()
+        if not any(part.startswith(".") for part in path.split("/"))
+    }
+    folders: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(visible):
+        if PurePosixPath(path).suffix.lower() in PICTURES:
+            folders[str(PurePosixPath(path).parent)].append(path)
+    return visible, folders
+
+
+def _subset(
+    folder: str, repeats: int, pictures: list[str], sizes: Mapping[str, int], caption_extension: str
+) -> Subset:
+    extension = f".{caption_extension.removeprefix('.')}"
+    by_lower = {path.lower(): path for path in sizes}
+    found = tuple(Picture(path, _caption(path, sizes, by_lower, extension)) for path in pictures)
+    return Subset(folder, repeats, found, extension)
 
 
 def _misplaced(folder: str, pictures: list[str], where: str, at: str) -> Problem | None:
@@ -165,9 +207,10 @@ def _repeats(folder: str) -> int:
 
 
 def _caption_problems(
-    found: tuple[Picture, ...], sizes: Mapping[str, int], where: str, extension: str, allow_missing: bool
+    subset: Subset, sizes: Mapping[str, int], where: str, allow_missing: bool
 ) -> list[Problem]:
     """What is wrong with the captions of a folder."""
+    found, extension = subset.pictures, subset.caption_extension
     pictures = [picture.path for picture in found]
     problems = []
     missing = [picture.path for picture in found if picture.caption is None]

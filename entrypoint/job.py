@@ -2,24 +2,26 @@
 
 import errno
 import hashlib
+import json
 import os
 import signal
 import sys
 import tarfile
 import tempfile
 import traceback
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from types import FrameType
 
 from entrypoint import dataset, publish, trainer
-from entrypoint.check import File, Plan, check
+from entrypoint.check import Plan, check
 from entrypoint.checkpoint import Lora, verify_lora
 from entrypoint.console import fail, say, warn
 from entrypoint.contract import Tree
 from entrypoint.failures import BadLora, JobError, Problem, Stopped, StorageError, TrainerFailed, Unfit
+from entrypoint.files import File, Single
 from entrypoint.record import Inputs, Job, Prepared
-from entrypoint.request import resolve
+from entrypoint.request import Source, resolve
 from entrypoint.storage import RemoteObject, Storage
 from kohya import config, states, tokenizers
 
@@ -69,17 +71,26 @@ def fetch(plan: Plan, storage: Storage) -> Inputs:
         wanted[name] = file
         return root / name
 
-    source = plan.model.file
-    name = source.name if isinstance(source, Path) else source.uri.name
-    model = local(source, f"{_folder_of(source)}/{name}")
-    folder = _folder_of(plan.request.dataset.location)
-    files = {name: local(file, f"{folder}/{name}") for name, file in plan.dataset_files.items()}
+    def alone(single: Single) -> Path:
+        path = single.file if isinstance(single.file, Path) else Path(single.file.uri.name)
+        at = f"{_folder_of(single.file)}/{path.name}"
+        if single.streamed:
+            say(f"fetch: reading {path} once, in order")
+            publish.place({at: path}, root)
+            return root / at
+        return local(single.file, at)
+
+    def below(source: Source, files: Mapping[str, File]) -> dict[str, Path]:
+        folder = _folder_of(source.location)
+        return {name: local(file, f"{folder}/{name}") for name, file in files.items()}
+
+    request = plan.request
+    model = alone(Single(plan.model.file, plan.model.streamed))
+    weights = {option: [alone(single) for single in found] for option, found in plan.extras.weights.items()}
+    files = below(request.dataset, plan.dataset_files)
+    reg = below(request.reg, plan.reg_files) if request.reg else {}
     fetched = storage.fetch(wanted, root) if wanted else ()
-    if plan.model.streamed:
-        say(f"fetch: reading {model} once, in order")
-        publish.place({name: model}, root / _folder_of(model))
-        model = root / _folder_of(model) / name
-    return Inputs(plan, model, files, fetched)
+    return Inputs(plan, model, files, reg, weights, fetched)
 
 
 def prepare(inputs: Inputs, tree: Tree, work: Path) -> Prepared:
@@ -90,13 +101,23 @@ def prepare(inputs: Inputs, tree: Tree, work: Path) -> Prepared:
     logs.mkdir(parents=True, exist_ok=True)
     links = dataset.link(plan.dataset, inputs.dataset, work / "dataset")
     origins = {str(path): _named(plan.dataset_files[name]) for path, name in links.items()}
-    owned = {
+    if plan.reg is not None:
+        links = dataset.link(plan.reg, inputs.reg, work / "reg")
+        origins |= {str(path): _named(plan.reg_files[name]) for path, name in links.items()}
+    owned: dict[str, object] = {
         "pretrained_model_name_or_path": str(_unpacked(inputs, work)),
-        "train_data_dir": str(work / "dataset"),
         "output_dir": str(output),
         "logging_dir": str(logs),
         "tokenizer_cache_dir": str(tokenizers.folder()),
+        **_pictures(plan, work),
     }
+    for option, paths in inputs.weights.items():
+        owned[option] = [str(path) for path in paths] if option == "base_weights" else str(paths[0])
+    if plan.extras.prompts is not None:
+        name, text = plan.extras.prompts
+        prompts = work / f"prompts{PurePosixPath(name).suffix}"
+        prompts.write_text(text, encoding="utf-8")
+        owned["sample_prompts"] = str(prompts)
     merged = config.own(plan.merged, owned)
     if "output_name" not in merged.settings:
         merged = config.own(merged, {"output_name": "lora"})
@@ -193,6 +214,11 @@ def _told(error: BaseException | None) -> tuple[int, str]:
 def _say_plan(plan: Plan) -> None:
     for note in plan.dataset.notes:
         say(f"check: {note}")
+    if plan.reg is not None:
+        say(
+            f"check: {plan.reg.pictures} regularisation pictures, {plan.reg.repeated} with repeats, of which "
+            "an epoch uses as many as the data set has with repeats"
+        )
     precision = plan.merged.settings["mixed_precision"]
     say(
         f"check: {plan.kind} base model, {plan.model.size / 1e9:.2f} GB; "
@@ -201,14 +227,35 @@ def _say_plan(plan: Plan) -> None:
     )
 
 
+def _pictures(plan: Plan, work: Path) -> dict[str, str]:
+    """The options that lead to the linked pictures. A dataset_config stands for both folders."""
+    described = plan.extras.dataset_config
+    if described is None:
+        folders = ("train_data_dir", "dataset"), *([("reg_data_dir", "reg")] if plan.reg else [])
+        return {option: str(work / name) for option, name in folders}
+    trees = {False: (work / "dataset", iter(plan.dataset.subsets))}
+    if plan.reg is not None:
+        trees[True] = (work / "reg", iter(plan.reg.subsets))
+    places = []
+    for folder in described.folders:
+        root, subsets = trees[folder.is_reg]
+        places.append(str(root / next(subsets).folder))
+    file = work / "dataset.json"  # which sd-scripts reads as well, and its TOML reader has gaps
+    file.write_text(json.dumps(described.placed(places)), encoding="utf-8")
+    return {"dataset_config": str(file)}
+
+
 def _verified(path: Path, prepared: Prepared) -> Lora:
     values = prepared.merged.values
+    # With dim_from_weights the file decides the modules; and after base_weights sd-scripts trains those of
+    # the resnets too, since it extends its class's own list of targets in place (networks/lora.py:1046-1048).
+    more = any(values.get(name) for name in ("network_args", "dim_from_weights", "base_weights"))
     return verify_lora(
         path,
         prepared.plan.kind,
         unet=not values.get("network_train_text_encoder_only"),
         text_encoders=not values.get("network_train_unet_only"),
-        plain=values["network_module"] == "networks.lora" and not values.get("network_args"),
+        plain=values["network_module"] == "networks.lora" and not more,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from entrypoint.console import SECRET_OPTIONS, redact
 from entrypoint.failures import JobError
+from entrypoint.inputs import PLACED
 from entrypoint.record import Job
 from entrypoint.request import Location
 from entrypoint.storage import Storage
@@ -15,7 +16,7 @@ from kohya import config
 
 
 def results(job: Job, storage: Storage) -> None:
-    """LoRAs, states, the merged configuration and event logs, each where its reader expects it.
+    """LoRAs, states, the merged configuration, samples and event logs, each where its reader expects it.
 
     The configuration is written so that the job can be run again from it: without the job's own paths,
     and without secrets. A job that ended before it was prepared has nothing to publish.
@@ -23,8 +24,9 @@ def results(job: Job, storage: Storage) -> None:
     if job.prepared is None or job.request is None:
         return
     prepared, request = job.prepared, job.request
-    values = prepared.merged.values
-    again = {name: value for name, value in values.items() if name not in config.OWNED | SECRET_OPTIONS}
+    values = {**prepared.plan.merged.values, "output_name": prepared.output_name}
+    not_again = config.OWNED | PLACED | SECRET_OPTIONS
+    again = {name: value for name, value in values.items() if name not in not_again}
     kept = job.work / f"{prepared.output_name}.toml"
     loras = {lora.path.name: lora.path for lora in job.loras}
     faults: list[str] = []
@@ -41,6 +43,12 @@ def results(job: Job, storage: Storage) -> None:
         place({kept.name: kept}, job.tree.model)
         if request.output is not None and not request.flat:
             send({kept.name: kept}, request.output, storage)
+    samples = {f"sample/{path.name}": path for path in sorted((prepared.output / "sample").glob("*"))}
+    with _noted(faults):
+        place(samples, job.tree.data)
+    with _noted(faults):
+        if request.output is not None and not request.flat:
+            send(samples, request.output, storage)
     with _noted(faults):
         if request.logs is not None:
             send(event_logs(job.tree.tensorboard, job.started, flat=request.flat), request.logs, storage)

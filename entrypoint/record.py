@@ -13,6 +13,7 @@ from entrypoint import __version__, contract
 from entrypoint.check import Plan
 from entrypoint.checkpoint import Lora
 from entrypoint.contract import Tree
+from entrypoint.dataset import DataSet
 from entrypoint.failures import Stopped
 from entrypoint.request import JobRequest
 from entrypoint.storage import Fetched
@@ -28,6 +29,8 @@ class Inputs:
     plan: Plan
     model: Path
     dataset: Mapping[str, Path]  # by path below the data set's root
+    reg: Mapping[str, Path]
+    weights: Mapping[str, Sequence[Path]]  # by option: vae, network_weights, base_weights
     fetched: Sequence[Fetched]
 
 
@@ -81,11 +84,10 @@ class Job:
                 "kind": self.plan.kind,
                 "trainer": self.plan.request.trainer,
                 "gpu": self.plan.gpu.name if self.plan.gpu else None,
-                "dataset": {
-                    "pictures": self.plan.dataset.pictures,
-                    "with_repeats": self.plan.dataset.repeated,
-                },
+                "dataset": _pictures(self.plan.dataset),
             }
+            if self.plan.reg is not None:
+                told["reg"] = _pictures(self.plan.reg)
         if self.inputs is not None:
             told["inputs"] = _inputs(self.inputs)
         told["loras"] = [
@@ -99,6 +101,10 @@ class Job:
         return told
 
 
+def _pictures(data_set: DataSet) -> dict[str, int]:
+    return {"pictures": data_set.pictures, "with_repeats": data_set.repeated}
+
+
 def _inputs(inputs: Inputs) -> list[dict[str, Any]]:
     """Every input with its size; with its checksum where it was fetched."""
     fetched = [
@@ -110,7 +116,9 @@ def _inputs(inputs: Inputs) -> list[dict[str, Any]]:
         }
         for item in inputs.fetched
     ]
-    files = (inputs.plan.model.file, *inputs.plan.dataset_files.values())
+    plan = inputs.plan
+    singles = (single.file for found in plan.extras.weights.values() for single in found)
+    files = (plan.model.file, *singles, *plan.dataset_files.values(), *plan.reg_files.values())
     mounted = [path for path in files if isinstance(path, Path)]
     return [*fetched, *({"path": str(path), "bytes": path.stat().st_size} for path in mounted)]
 

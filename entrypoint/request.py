@@ -29,6 +29,7 @@ Location = S3Uri | Path
 _Choice = TypeVar("_Choice", bound=str)
 
 _SMALL = 1 << 20  # bytes; larger than any parameter JSON or TOML that a person writes
+_REQUIRED = ("model", "dataset")
 _URIS = (*(f"{channel}_uri" for channel in CHANNELS), "output_uri", "logs_uri")
 _OPTIONS = frozenset({*config.options(), *config.ALIASES})
 _JOB = ("kind", "trainer", "allow_missing_captions", "state_every_minutes", "s3_location", *_URIS)
@@ -52,6 +53,9 @@ class JobRequest:
     model: Source
     dataset: Source
     config: Source | None
+    vae: Source | None
+    reg: Source | None  # regularisation pictures
+    weights: Source | None  # LoRAs to go on from, or to merge into the base model
     output: Location | None  # besides SageMaker's folders
     logs: Location | None
     flat: bool  # ESD reads `output` and `logs`: nothing but flat LoRAs, and one flat event file
@@ -112,6 +116,9 @@ def resolve(arguments: Sequence[str], tree: Tree, storage: Reader) -> JobRequest
         model=places.model,
         dataset=places.dataset,
         config=places.config,
+        vae=places.vae,
+        reg=places.reg,
+        weights=places.weights,
         output=places.output,
         logs=places.logs,
         flat=places.flat,
@@ -136,6 +143,9 @@ class _Places:
     output: Location | None
     logs: Location | None
     flat: bool
+    vae: Source | None = None
+    reg: Source | None = None
+    weights: Source | None = None
 
 
 def _from_uris(asked: Mapping[str, Setting], channels: Mapping[str, Channel]) -> _Places:
@@ -153,7 +163,7 @@ def _from_uris(asked: Mapping[str, Setting], channels: Mapping[str, Channel]) ->
                 sources[name] = Source(_location(uri), uri.where)
         elif channel is not None:
             sources[name] = Source(channel.path, f"channel {name}", channel.streamed)
-        elif name != "config":
+        elif name in _REQUIRED:
             wrong = f"there is neither a channel {name} nor a hyperparameter {name}_uri"
             fix = f"Add a channel named {name}, or type --{name}_uri=s3://BUCKET/{name}"
             problems.append(Problem(name, wrong, fix))
@@ -171,6 +181,9 @@ def _from_uris(asked: Mapping[str, Setting], channels: Mapping[str, Channel]) ->
         output=outputs.get("output_uri"),
         logs=outputs.get("logs_uri"),
         flat=False,
+        vae=sources.get("vae"),
+        reg=sources.get("reg"),
+        weights=sources.get("weights"),
     )
 
 

@@ -34,9 +34,8 @@ OWNED = frozenset(
 # Options that name a file or folder for which there is no channel.
 UNREACHABLE = frozenset(
     {
-        "base_weights", "conditioning_data_dir", "config_file", "console_log_file", "dataset_config",
-        "in_json", "log_tracker_config", "network_weights", "offload_optimizer_nvme_path",
-        "offload_param_nvme_path", "reg_data_dir", "sample_prompts", "vae",
+        "conditioning_data_dir", "config_file", "console_log_file", "in_json", "log_tracker_config",
+        "offload_optimizer_nvme_path", "offload_param_nvme_path",
     }
 )  # fmt: skip
 
@@ -196,7 +195,7 @@ def own(merged: Merged, values: Mapping[str, object]) -> Merged:
     notes = [
         f"{merged.settings[name].where}: {name} is the job's to choose, and was replaced"
         for name in values
-        if name in merged.settings
+        if name in OWNED and name in merged.settings
     ]
     owned = {name: Setting(name, value, "the job") for name, value in values.items()}
     return replace(merged, settings={**merged.settings, **owned}, notes=(*merged.notes, *notes))

@@ -178,6 +178,42 @@ def test_builtin_refuses_what_it_does_not_have_by_name(ready: Job) -> None:
     assert_refused(ready, ready.run("--optimizer_type=Prodigy", "--flip_aug"), "Prodigy", "flag --flip_aug")
 
 
+def test_builtin_refuses_the_inputs_that_it_does_not_have(ready: Job, tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text("dataset_config = 'data.toml'\n")
+    (tmp_path / "data.toml").write_text("[[datasets]]\n[[datasets.subsets]]\nimage_dir = '2_shape'\n")
+    config = ready.mount("config", tmp_path / "job.toml")
+    (config / "data.toml").symlink_to(tmp_path / "data.toml")
+    vae = {"encoder.down.0.block.0.norm1.weight": (1,), "encoder.conv_out.weight": (8, 1)}
+    save_file({name: np.zeros(shape, np.float32) for name, shape in vae.items()}, tmp_path / "v.safetensors")
+    result = ready.run(f"--vae_uri={tmp_path / 'v.safetensors'}")
+    assert_refused(
+        ready,
+        result,
+        "flag --vae_uri: vae: builtin does not have this option",
+        f"{config / 'job.toml'} line 1: dataset_config: builtin does not have this option",
+    )
+
+
+def test_two_configurations_and_nothing_that_tells_them_apart(ready: Job, tmp_path: Path) -> None:
+    for name in ("a.toml", "b.toml"):
+        (tmp_path / name).write_text("seed = 1\n")
+    config = ready.mount("config", tmp_path / "a.toml")
+    (config / "b.toml").symlink_to(tmp_path / "b.toml")
+    assert_refused(ready, ready.run(), "channel config", "there are 2 files (a.toml, b.toml)")
+
+
+def test_a_dataset_config_alone_is_no_configuration(ready: Job, tmp_path: Path) -> None:
+    (tmp_path / "data.toml").write_text("[[datasets]]\n[[datasets.subsets]]\nimage_dir = '/home/me/cat'\n")
+    config = ready.mount("config", tmp_path / "data.toml")
+    result = ready.run("--dataset_config=data.toml")
+    told = f"{config / 'data.toml'}: [[datasets]] 1, subset 1: image_dir = '/home/me/cat' names no folder"
+    assert_refused(ready, result, told)
+    (config / "job.toml").write_text("seed = ")
+    result = ready.run("--dataset_config=data.toml")
+    assert_refused(ready, result, "job.toml: it is not TOML")
+    assert "no channel config" not in result.err
+
+
 def test_s3_location_beside_uris(ready: Job) -> None:
     result = ready.run("--s3_location=/tmp/none.json", "--output_uri=/tmp/x")
     assert_refused(ready, result, "flag --output_uri: s3_location says where everything is")

@@ -192,7 +192,6 @@ def test_a_hyperparameter_is_read_as_its_options_type(name: str, sent: str, read
         ("resolution = 'big'", 'Write resolution = "512,512"'),
         ("save_model_as = 'ckpt'", "makes a pickle"),
         ("output_name = '../x'", "cannot be part of a file name"),
-        ("vae = 'vae.safetensors'", "there is no channel for it"),
         ("in_json = '/tmp/meta.json'", "there is no channel for it"),
         ("cache_text_encoder_outputs = true", "is an option of sdxl only, and this job is sd15"),
         ("output_name = true", "is not text"),

@@ -118,7 +118,7 @@ def test_unknown_and_unmounted_channels_are_problems(tree: Tree) -> None:
     put(tree, "inputdataconfig.json", {"dataset": {}})
     problems = " ".join(map(str, tree.channels()[1]))
     assert "channel training" in problems
-    assert "the channels are model, dataset, config" in problems
+    assert "the channels are model, dataset, config, vae, reg, weights" in problems
     assert "inputdataconfig.json names it" in problems
 
 

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from entrypoint.dataset import DataSet, as_given, inspect, link
+from entrypoint.dataset import DataSet, as_given, inspect, inspect_folders, link
+from kohya.dataset_config import Folder
 from kohya.problem import Problem
 
 
@@ -113,6 +114,39 @@ def test_an_empty_caption_is_refused() -> None:
 
 def test_two_pictures_that_share_a_caption_are_refused() -> None:
     assert "2 pictures (a.jpg, a.png) with the same name" in told("1_cat/a.png", "1_cat/a.jpg", "1_cat/a.txt")
+
+
+def test_folders_that_a_dataset_config_names(tmp_path: Path) -> None:
+    def folder(image_dir: str, extension: str = ".txt", **more: bool) -> Folder:
+        facts = {"is_reg": False, "has_class": False, **more}
+        return Folder(image_dir, "data.toml", repeats=3, caption_extension=extension, **facts)
+
+    sizes = dict.fromkeys(("a.png", "a.txt", "deep/er/b.png", "deep/er/b.cap", "deep/er/b.txt"), 10)
+    wanted = [folder("."), folder("deep/er"), folder("deep/er", ".cap")]
+    data_set, problems = inspect_folders(sizes, "s3://b/My cats", wanted)
+    assert problems == []
+    assert (data_set.pictures, data_set.repeated) == (3, 9)
+    links = link(data_set, {name: tmp_path / name for name in sizes}, tmp_path / "tree")
+    assert {path.relative_to(tmp_path / "tree").as_posix(): name for path, name in links.items()} == {
+        "0/My_cats/a.png": "a.png",
+        "0/My_cats/a.txt": "a.txt",
+        "1/er/b.png": "deep/er/b.png",
+        "1/er/b.txt": "deep/er/b.txt",
+        "2/er/b.png": "deep/er/b.png",
+        "2/er/b.cap": "deep/er/b.cap",
+    }
+    said = str(inspect_folders(sizes, "s3://b/cats", [folder("deep")])[1][0])
+    assert 'no picture is right inside the folder "deep" of s3://b/cats' in said
+    assert "there are: ., deep/er" in said
+    assert "without a caption" in str(inspect_folders(sizes, "x", [folder(".", ".cap")])[1][0])
+    for stands_in in ("is_reg", "has_class"):
+        assert inspect_folders(sizes, "x", [folder(".", ".cap", **{stands_in: True})])[1] == []
+
+
+def test_regularisation_pictures_are_not_wrapped() -> None:
+    assert "does not look beside the folders" in str(
+        inspect({"a.png": 10, "a.txt": 10}, "x", flat=False)[1][0]
+    )
 
 
 def test_the_tree_links_to_the_files_and_leaves_them_alone(tmp_path: Path) -> None:

@@ -47,6 +47,9 @@ def test_what_cannot_be_put_in_one_place_is_still_put_in_the_others(tmp_path: Pa
     tree = Tree(tmp_path / "ml")
     tree.base.mkdir()
     tree.model.write_text("a file where the folder should be")
+    values = {"seed": 1, "wandb_api_key": "x", "vae": "/some/vae", "network_weights": "cat-1.safetensors"}
+    (tmp_path / "sample").mkdir()
+    (tmp_path / "sample" / "cat_e000001_00.png").write_text("a picture")
     job: Any = SimpleNamespace(
         tree=tree,
         work=tmp_path,
@@ -56,9 +59,32 @@ def test_what_cannot_be_put_in_one_place_is_still_put_in_the_others(tmp_path: Pa
         prepared=SimpleNamespace(
             output_name="cat",
             output=tmp_path,
-            merged=SimpleNamespace(values={"seed": 1, "wandb_api_key": "x"}),
+            plan=SimpleNamespace(merged=SimpleNamespace(values=values)),
         ),
     )
     with pytest.raises(JobError, match="model"):
         results(job, SimpleNamespace())  # type: ignore[arg-type]
     assert (output / "cat.safetensors").read_text() == "a LoRA"
+    for folder in (output, tree.data):
+        assert (folder / "sample" / "cat_e000001_00.png").read_text() == "a picture"
+    written = (tmp_path / "cat.toml").read_text()  # to run again: names, and no paths of this job
+    assert written == 'network_weights = "cat-1.safetensors"\noutput_name = "cat"\nseed = 1\n'
+
+
+def test_esd_is_sent_loras_and_no_samples(tmp_path: Path) -> None:
+    lora, output = tmp_path / "cat.safetensors", tmp_path / "elsewhere"
+    lora.write_text("a LoRA")
+    (tmp_path / "sample").mkdir()
+    (tmp_path / "sample" / "cat_e000001_00.png").write_text("a picture")
+    job: Any = SimpleNamespace(
+        tree=Tree(tmp_path / "ml"),
+        work=tmp_path,
+        started=0.0,
+        loras=[SimpleNamespace(path=lora)],
+        request=SimpleNamespace(output=output, logs=None, flat=True),
+        prepared=SimpleNamespace(
+            output_name="cat", output=tmp_path, plan=SimpleNamespace(merged=SimpleNamespace(values={}))
+        ),
+    )
+    results(job, SimpleNamespace())  # type: ignore[arg-type]
+    assert [path.name for path in output.iterdir()] == ["cat.safetensors"]

@@ -94,6 +94,18 @@ def test_uris_from_hyperparameters_and_flags_and_flags_win(tmp_path: Path) -> No
     }
 
 
+def test_optional_inputs_have_a_channel_or_a_uri_each(tmp_path: Path) -> None:
+    (tmp_path / "input" / "data" / "reg").mkdir(parents=True)
+    uris = {f"{name}_uri": f"s3://b/{name}" for name in ("model", "dataset", "vae", "weights")}
+    request = ask(tmp_path, **uris)
+    assert request.problems == ()
+    assert request.reg is not None
+    assert (request.reg.location, request.reg.where) == (tmp_path / "input/data/reg", "channel reg")
+    for name, source in (("vae", request.vae), ("weights", request.weights)):
+        assert source is not None
+        assert (str(source.location), source.where) == (f"s3://b/{name}", f"hyperparameter {name}_uri")
+
+
 def test_the_request_is_frozen(tmp_path: Path) -> None:
     request = ask(tmp_path, model_uri="s3://b/m", dataset_uri="s3://b/d")
     with pytest.raises(AttributeError):
