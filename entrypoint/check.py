@@ -20,7 +20,7 @@ from entrypoint.dataset import DataSet
 from entrypoint.failures import Problem, Unfit, collecting
 from entrypoint.request import JobRequest, Source
 from entrypoint.storage import RemoteObject, S3Uri, Storage, safe_relative
-from kohya import config, sd_scripts, tokenizers
+from kohya import config, rules, sd_scripts, tokenizers
 from kohya.builtin.options import problems as builtin_problems
 from kohya.config import Kind, Merged, Setting
 from kohya.sd_scripts import SdScripts
@@ -82,6 +82,8 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
     else:
         merged = config.merge(kind, [config.preset(kind), _machine(gpu), toml, *request.layers])
         problems += merged.problems
+        merged, wrong = rules.settle(kind, merged)
+        problems += wrong
         scripts, merged, wrong = _trainer(request, kind, merged, gpu)
         problems += wrong
     with collecting(problems):
@@ -260,16 +262,21 @@ def _sd_scripts(
 ) -> tuple[Merged, list[Problem]]:
     """The configuration as sd-scripts runs it, and what its Python lacks."""
     values, problems = merged.values, []
-    wanted = {"xformers": "xformers"} if values.get("xformers") else {}
-    if "8bit" in str(values.get("optimizer_type", "")).lower():
-        wanted["bitsandbytes"] = "optimizer_type"
+    wanted = rules.modules(values)
+    if values.get("xformers") and (gpu is None or found.lacks(["xformers"])):
+        why = "xformers needs a GPU" if gpu is None else "xformers is not installed"
+        merged = config.change(merged, {"xformers": False, "sdpa": True}, why)
     for module in found.lacks([*_LIBRARIES, *wanted]):
-        if module == "xformers":
-            merged = config.change(merged, {"xformers": False, "sdpa": True}, "xformers is not installed")
-        else:
-            where = merged.settings[wanted[module]].where if module in wanted else "trainer sd-scripts"
-            wrong = f"{module} cannot be imported by {found.python}"
-            problems.append(Problem(where, wrong, f"Type: {found.python} -m pip install {module}"))
+        where = merged.settings[wanted[module]].where if module in wanted else "trainer sd-scripts"
+        wrong = f"{module} cannot be imported by {found.python}"
+        fix = f"Type: {found.python} -m pip install {rules.package(module)}"
+        problems.append(Problem(where, wrong, fix))
+    for name, lacking in found.lacks_classes(rules.classes(values)).items():
+        wrong = f"{lacking} cannot be imported by {found.python}"
+        problems.append(Problem(merged.settings[name].where, wrong, "Correct its name"))
+    if values.get("persistent_data_loader_workers") and not values.get("max_data_loader_n_workers"):
+        why = "max_data_loader_n_workers is 0, and nothing can persist"
+        merged = config.change(merged, {"persistent_data_loader_workers": False}, why)
     if kind == "sdxl" and values["mixed_precision"] == "fp16" and not values.get("no_half_vae"):
         merged = config.change(merged, {"no_half_vae": True}, "SDXL's VAE makes NaN in fp16")
     return config.change(merged, {"console_log_simple": True}, "the job"), problems

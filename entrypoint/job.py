@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from entrypoint import dataset, publish, trainer
+from entrypoint import dataset, pictures, publish, trainer
 from entrypoint.check import File, Plan, check
 from entrypoint.checkpoint import Lora, verify_lora
 from entrypoint.console import fail, say, warn
@@ -21,7 +21,7 @@ from entrypoint.failures import BadLora, JobError, Problem, Stopped, StorageErro
 from entrypoint.record import Inputs, Job, Prepared
 from entrypoint.request import resolve
 from entrypoint.storage import RemoteObject, Storage
-from kohya import config, tokenizers
+from kohya import config, networks, tokenizers
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -40,6 +40,7 @@ def run(arguments: Sequence[str]) -> int:
                 job.plan = check(job.request, job.tree, scratch(), storage)
             with job.stage("fetch"):
                 job.inputs = fetch(job.plan, storage)
+                look(job.inputs)
             with job.stage("prepare"):
                 job.prepared = prepare(job.inputs, job.tree, job.work)
             with job.stage("train"):
@@ -80,6 +81,13 @@ def fetch(plan: Plan, storage: Storage) -> Inputs:
         publish.place({name: model}, root / _folder_of(model))
         model = root / _folder_of(model) / name
     return Inputs(plan, model, files, fetched)
+
+
+def look(inputs: Inputs) -> None:
+    """Open every picture and caption that was fetched. Raises Unfit with all that cannot be used."""
+    plan = inputs.plan
+    names = {name: _named(file) for name, file in plan.dataset_files.items()}
+    pictures.check(plan.dataset, inputs.dataset, names, plan.merged.values)
 
 
 def prepare(inputs: Inputs, tree: Tree, work: Path) -> Prepared:
@@ -201,14 +209,7 @@ def _say_plan(plan: Plan) -> None:
 
 
 def _verified(path: Path, prepared: Prepared) -> Lora:
-    values = prepared.merged.values
-    return verify_lora(
-        path,
-        prepared.plan.kind,
-        unet=not values.get("network_train_text_encoder_only"),
-        text_encoders=not values.get("network_train_unet_only"),
-        plain=values["network_module"] == "networks.lora" and not values.get("network_args"),
-    )
+    return verify_lora(path, networks.expected(prepared.plan.kind, prepared.merged.values))
 
 
 def _good_ones(prepared: Prepared) -> list[Lora]:
