@@ -1,5 +1,7 @@
 """Every optimizer that people train a LoRA with: two steps with the real sd-scripts, a LoRA that works."""
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,29 @@ def test_an_optimizer_makes_a_lora_that_works(name: str, narrow: Job, base_model
     steps = f"--max_train_steps={STEPS.get(name, 2)}"
     result = narrow.run(f"--optimizer_type={name}", steps, "--unet_lr=", "--save_precision=float")
     assert result.code == 0, result.out + result.err
+
+
+def test_packages_that_are_absent_are_told_before_the_fetch(
+    narrow: Job, base_models: dict[Kind, Path]
+) -> None:
+    """The Python of these tests stands in for one of sd-scripts without the packages that it does not need."""
+    if present := [name for name in ("prodigyopt", "lycoris") if find_spec(name)]:
+        pytest.skip(f"{present[0]} is installed here")
+    narrow.mount("model", base_models["sd15"])
+    narrow.environment["SD_SCRIPTS_PYTHON"] = sys.executable
+    flags = ("--optimizer_type=Prodigy", "--network_module=lycoris.kohya", "--network_args=preset=attn-mlp")
+    result = narrow.run(*flags)
+    assert result.code == 2, result.out + result.err
+    assert "flag --optimizer_type: prodigyopt cannot be imported" in result.err
+    assert "pip install prodigyopt." in result.err
+    assert "flag --network_module: lycoris cannot be imported" in result.err
+    assert "pip install lycoris-lora." in result.err
+
+
+def test_a_class_that_is_not_there_is_told_before_the_fetch(
+    narrow: Job, base_models: dict[Kind, Path]
+) -> None:
+    narrow.mount("model", base_models["sd15"])
+    result = narrow.run("--optimizer_type=torch.optim.AdamX")
+    assert result.code == 2, result.out + result.err
+    assert "flag --optimizer_type: torch.optim.AdamX cannot be imported" in result.err
