@@ -35,7 +35,7 @@ def test_an_optimizer_makes_a_lora_that_works(name: str, narrow: Job, base_model
 def test_packages_that_are_absent_are_told_before_the_fetch(
     narrow: Job, base_models: dict[Kind, Path]
 ) -> None:
-    """The Python of these tests stands in for one of sd-scripts without the packages that it does not need."""
+    """The Python of these tests stands in for one that has what sd-scripts must have, and no more."""
     if present := [name for name in ("prodigyopt", "lycoris") if find_spec(name)]:
         pytest.skip(f"{present[0]} is installed here")
     narrow.mount("model", base_models["sd15"])
