@@ -257,9 +257,12 @@ def _check_value(option: Option, value: object) -> None:
     name, shown = option.name, _show(value)
     if option.choices is not None and value not in option.choices:
         choices = [str(choice) for choice in option.choices if choice is not None]
-        close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+        close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
         fit = close[0] if close else option.default or choices[0]
-        raise _Wrong(f"{name} = {shown} is not one of {', '.join(choices)}", f"Write {fit}")
+        way_out = (
+            "Remove it: it counts beside torch_compile only" if name == "dynamo_backend" else f"Write {fit}"
+        )
+        raise _Wrong(f"{name} = {shown} is not one of {', '.join(choices)}", way_out)
     smallest, largest = MINIMUM.get(name, -_64_BITS), MAXIMUM.get(name, _64_BITS)
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, int | float) and number < smallest:
