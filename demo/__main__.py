@@ -25,7 +25,7 @@ import boto3
 from demo import base_model, pictures, settings
 from demo.server import environment, s3_server
 from entrypoint import checkpoint
-from kohya import tokenizers
+from kohya import networks, tokenizers
 from kohya.config import Kind
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _demo(asked: argparse.Namespace) -> "Proof":
     proof = _prove(model, kind, lora, dataset, chosen)
     step.done(f"diffusers loaded the LoRA: {proof.modules} modules, none missing, none more, numbers equal")
     print(f"\nDenoising loss at fixed noise, timesteps and captions, without → with the LoRA:\n  {proof}")
-    judge(proof, chosen.drop, len(checkpoint.modules(kind)) if chosen.narrow else proof.modules)
+    judge(proof, chosen.drop, len(networks.modules(kind)) if chosen.narrow else proof.modules)
     return proof
 
 

@@ -20,7 +20,7 @@ from entrypoint.files import File, Single
 from entrypoint.inputs import Extras
 from entrypoint.request import JobRequest, Location, Source
 from entrypoint.storage import RemoteObject, S3Uri, Storage
-from kohya import config, sd_scripts, tokenizers
+from kohya import config, rules, sd_scripts, tokenizers
 from kohya.builtin.options import problems as builtin_problems
 from kohya.config import Kind, Merged, Setting
 from kohya.sd_scripts import SdScripts
@@ -87,6 +87,8 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
     extras, merged, wrong = inputs.find(request, beside, kind, merged, storage)
     problems += wrong
     if kind is not None:
+        merged, wrong = rules.settle(kind, merged)
+        problems += wrong
         scripts, merged, wrong = _trainer(request, kind, merged, gpu)
         problems += wrong
     with collecting(problems):
@@ -307,25 +309,24 @@ def _sd_scripts(
 ) -> tuple[Merged, list[Problem]]:
     """The configuration as sd-scripts runs it, and what its Python lacks."""
     values, problems = merged.values, []
-    wanted = {"xformers": "xformers"} if values.get("xformers") else {}
-    if "8bit" in str(values.get("optimizer_type", "")).lower():
-        wanted["bitsandbytes"] = "optimizer_type"
-    if values.get("log_with") in ("wandb", "all"):
-        wanted["wandb"] = "log_with"
+    wanted = rules.modules(values)
+    if values.get("xformers") and (gpu is None or found.lacks(["xformers"])):
+        why = "xformers needs a GPU" if gpu is None else "xformers is not installed"
+        merged = config.change(merged, {"xformers": False, "sdpa": True}, why)
     for module in found.lacks([*_LIBRARIES, *wanted]):
-        if module == "xformers":
-            merged = config.change(merged, {"xformers": False, "sdpa": True}, "xformers is not installed")
-        else:
-            where = merged.settings[wanted[module]].where if module in wanted else "trainer sd-scripts"
-            wrong = f"{module} cannot be imported by {found.python}"
-            problems.append(Problem(where, wrong, f"Type: {found.python} -m pip install {module}"))
+        where = merged.settings[wanted[module]].where if module in wanted else "trainer sd-scripts"
+        wrong = f"{module} cannot be imported by {found.python}"
+        fix = f"Type: {found.python} -m pip install {rules.package(module)}"
+        problems.append(Problem(where, wrong, fix))
+    for name, lacking in found.lacks_classes(rules.classes(values)).items():
+        wrong = f"{lacking} cannot be imported by {found.python}"
+        problems.append(Problem(merged.settings[name].where, wrong, "Correct its name"))
+    if values.get("persistent_data_loader_workers") and not values.get("max_data_loader_n_workers"):
+        why = "max_data_loader_n_workers is 0, and nothing can persist"
+        merged = config.change(merged, {"persistent_data_loader_workers": False}, why)
     own_vae = "vae" not in values  # a VAE that is given instead may be one that was mended for fp16
     if kind == "sdxl" and own_vae and values["mixed_precision"] == "fp16" and not values.get("no_half_vae"):
         merged = config.change(merged, {"no_half_vae": True}, "SDXL's VAE makes NaN in fp16")
-    if values.get("cache_text_encoder_outputs") and values.get("shuffle_caption"):  # as our preset has it
-        merged = config.change(merged, {"shuffle_caption": False}, "cached text is not shuffled")
-    if values.get("persistent_data_loader_workers") and values.get("max_data_loader_n_workers") == 0:
-        merged = config.change(merged, {"persistent_data_loader_workers": False}, "there are no workers")
     if values.get("log_with") == "wandb":
         merged = config.change(merged, {"log_with": "all"}, "the job reads each step from TensorBoard's log")
     if gpu is not None and gpu.count > 1 and "ddp_timeout" not in values:

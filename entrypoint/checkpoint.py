@@ -15,9 +15,10 @@ import numpy as np
 import safetensors
 
 from entrypoint.failures import BadLora
+from kohya import networks
 from kohya.config import KINDS, Kind
+from kohya.networks import Expected
 
-_ENDS = (".alpha", ".lora_down.weight", ".lora_up.weight")
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 Header = Mapping[str, Any]
 
@@ -92,7 +93,7 @@ def identify_lora(header: Header) -> Kind:
     if any(re.match(r"lora_unet_(down|mid|up)_block.*_transformer_blocks_1_", name) for name in found):
         raise WrongFile("it is an SDXL LoRA with diffusers' names of blocks, and not with kohya's")
     for kind in KINDS:
-        if not found.isdisjoint(modules(kind)):
+        if not found.isdisjoint(networks.modules(kind)):
             return kind
     raise WrongFile(f"it is {_other(header)}, and not an SD1.5 or SDXL LoRA with kohya's names")
 
@@ -162,101 +163,69 @@ class Lora:
     bytes: int
 
 
-def verify_lora(
-    path: Path, kind: Kind, *, unet: bool = True, text_encoders: bool = True, plain: bool = True
-) -> Lora:
+def verify_lora(path: Path, expected: Expected) -> Lora:
     """Read the whole LoRA and return its facts.
 
-    It counts when it opens, has the keys that it must have, holds no NaN or Inf, and is not all zero.
-    `plain`: made by networks.lora without network_args, which decides all its keys; of another network only
-    the beginnings of the names are known. Raises BadLora with the reason.
+    It counts when it opens, has the modules and tensors that it must have, holds no NaN or Inf, and when no
+    part that was trained is all zero. Raises BadLora with the reason.
     """
     try:
         tensors = dict(safetensors.deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
     except (OSError, safetensors.SafetensorError) as error:  # type: ignore[attr-defined]
         raise BadLora(f"{path.name} does not open as safetensors: {error}.") from error
-    expected = set(modules(kind, unet=unet, text_encoders=text_encoders))
-    found = {name.split(".")[0] for name in tensors}
-    if plain:
-        _compare(path.name, kind, set(tensors), expected)
-    elif missing := {name.split("_")[1] for name in expected} - {
-        name.split("_")[1] for name in found if "_" in name
-    }:
-        raise BadLora(f"{path.name} has no key that begins with lora_{min(missing)}_.")
     if odd := sorted({tensor["dtype"] for tensor in tensors.values()} - {*_DTYPES, "BF16"}):
         raise BadLora(f"{path.name} holds numbers of type {odd[0]}, which no program loads as a LoRA.")
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name, tensor in tensors.items():
+        module, _, end = name.partition(".")
+        found.setdefault(module, {})[end] = tensor
+    ranks = _compare(path.name, found, expected)
     broken = [name for name, tensor in tensors.items() if not _finite(tensor)]
     if broken:
         raise BadLora(
             f"{path.name} holds NaN or Inf in {len(broken)} of {len(tensors)} tensors. "
             "The training diverged: try a lower learning rate, mixed_precision=bf16 or no_half_vae=true."
         )
-    # What starts at zero, whatever the network: lora_up, LoHa's w2_b and LoKr's w2.
-    trained = [name for name in tensors if re.search(r"lora_up|hada_w2_b|lokr_w2|\.diff$", name)]
-    if trained and not any(_nonzero(tensors[name]) for name in trained):
-        raise BadLora(f"{path.name} is all zero: nothing was learned. Is the learning rate 0?")
-    ranks = [tensor["shape"][0] for name, tensor in tensors.items() if name.endswith(".lora_down.weight")]
+    learned = {networks.part(module) for module, parts in found.items() if _does_something(parts)}
+    if dead := sorted(expected.parts - learned):
+        what = "it" if len(dead) == len(expected.parts) else f"every {dead[0]} module"
+        raise BadLora(f"{path.name}: {what} is all zero, nothing was learned. Is the learning rate too low?")
     return Lora(path, len(found), max(ranks, default=0), path.stat().st_size)
 
 
-def _compare(name: str, kind: Kind, tensors: set[str], expected: set[str]) -> None:
-    """Hold the keys of a LoRA by networks.lora against those that it must have. Raises BadLora."""
-    found = {tensor.removesuffix(end) for tensor in tensors for end in _ENDS if tensor.endswith(end)}
-    if missing := sorted(expected - found):
-        raise BadLora(f"{name} lacks {len(missing)} of {len(expected)} modules, {missing[0]} first.")
-    if unknown := sorted(found - expected) or sorted(tensors - _tensors(expected)):
-        raise BadLora(f"{name} has {len(unknown)} keys that a {kind} LoRA does not have, {unknown[0]} first.")
-    if absent := sorted(_tensors(expected) - tensors):
-        raise BadLora(f"{name} lacks {len(absent)} tensors, {absent[0]} first.")
+def _compare(
+    name: str, found: Mapping[str, Mapping[str, Mapping[str, Any]]], expected: Expected
+) -> list[int]:
+    """Hold the modules of a LoRA against those that it must have; its ranks. Raises BadLora."""
+    if missing := sorted(expected.modules.keys() - found.keys()):
+        raise BadLora(f"{name} lacks {len(missing)} of {len(expected.modules)} modules, {missing[0]} first.")
+    known = {networks.part(module) for module in expected.modules}
+    foreign = sorted(
+        module for module in found.keys() - expected.modules.keys()
+        if not expected.more or networks.part(module) not in known
+    )  # fmt: skip
+    if foreign:
+        raise BadLora(f"{name} has {len(foreign)} modules that were not to be trained, {foreign[0]} first.")
+    ranks = []
+    for module, tensors in sorted(found.items()):
+        if not any(needed <= tensors.keys() <= needed | more for needed, more in expected.forms):
+            raise BadLora(f"{name}: {module} has no such set of tensors: {', '.join(sorted(tensors))}.")
+        if "lora_down.weight" not in tensors:
+            continue
+        down, up = tensors["lora_down.weight"]["shape"], tensors["lora_up.weight"]["shape"]
+        rank = expected.modules.get(module)
+        if len(down) < 2 or len(up) < 2 or down[0] != up[1] or rank not in (None, down[0]):
+            raise BadLora(
+                f"{name}: lora_down {down} and lora_up {up} of {module} are not of rank {rank or 'r'}."
+            )
+        ranks.append(down[0])
+    return ranks
 
 
-def part(module: str) -> str:
-    """The part of the model that a module belongs to: lora_unet, lora_te, lora_te1, lora_te2."""
-    return "_".join(module.split("_")[:2])
-
-
-def modules(kind: Kind, *, unet: bool = True, text_encoders: bool = True) -> list[str]:
-    """The modules of a LoRA by networks.lora of sd-scripts v0.10.1: 264 for SD1.5, 986 for SDXL.
-
-    tests/data/lora_<kind>.json holds the same names as sd-scripts itself makes them.
-    """
-    names = []
-    if text_encoders:
-        for prefix, layers in (("te", 12),) if kind == "sd15" else (("te1", 12), ("te2", 32)):
-            blocks = [f"lora_{prefix}_text_model_encoder_layers_{layer}" for layer in range(layers)]
-            names += [f"{block}_{part}" for block in blocks for part in _TEXT_PARTS]
-    if unet:
-        depths = _SD15_ATTENTIONS if kind == "sd15" else _SDXL_ATTENTIONS
-        names += [
-            f"lora_unet_{name}_{part}" for name, depth in depths.items() for part in _attention_parts(depth)
-        ]
-    return names
-
-
-_TEXT_PARTS = (*(f"self_attn_{which}_proj" for which in ("q", "k", "v", "out")), "mlp_fc1", "mlp_fc2")
-_SD15_ATTENTIONS = {  # block → transformer blocks in it
-    **{f"down_blocks_{block}_attentions_{layer}": 1 for block in range(3) for layer in range(2)},
-    "mid_block_attentions_0": 1,
-    **{f"up_blocks_{block}_attentions_{layer}": 1 for block in range(1, 4) for layer in range(3)},
-}
-_SDXL_ATTENTIONS = {
-    "input_blocks_4_1": 2, "input_blocks_5_1": 2, "input_blocks_7_1": 10, "input_blocks_8_1": 10,
-    "middle_block_1": 10,
-    "output_blocks_0_1": 10, "output_blocks_1_1": 10, "output_blocks_2_1": 10,
-    "output_blocks_3_1": 2, "output_blocks_4_1": 2, "output_blocks_5_1": 2,
-}  # fmt: skip
-
-
-def _attention_parts(depth: int) -> list[str]:
-    """The LoRA modules of one attention block with `depth` transformer blocks."""
-    attention = [f"attn{number}_to_{which}" for number in (1, 2) for which in ("q", "k", "v", "out_0")]
-    inner = [f"transformer_blocks_{block}_{part}" for block in range(depth)
-             for part in (*attention, "ff_net_0_proj", "ff_net_2")]  # fmt: skip
-    return ["proj_in", "proj_out", *inner]
-
-
-def _tensors(names: set[str]) -> set[str]:
-    return {f"{name}{end}" for name in names for end in _ENDS}
+def _does_something(tensors: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a module changes the model: its weight is a product, and zero when one factor is."""
+    factors = [tensor for end, tensor in tensors.items() if end not in ("alpha", "dora_scale")]
+    return all(_nonzero(tensor) for tensor in factors)
 
 
 def _finite(tensor: Mapping[str, Any]) -> bool:

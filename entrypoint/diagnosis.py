@@ -27,6 +27,14 @@ _CAUSES = (  # what the last lines hold; what it means, and the way out
         r"No module named '(\w+)",
         "{0} is not installed where the trainer runs. Install it there, or do without it.",
     ),
+    (
+        r"NaN detected in latents",
+        "The VAE made NaN of a picture. Set no_half_vae=true, or mixed_precision=bf16.",
+    ),
+    (
+        r"optimizer got an empty parameter list",
+        "Every learning rate is 0, so there was nothing to train. Set learning_rate or unet_lr.",
+    ),
     (r"No data found", "The trainer found no pictures."),
 )
 

@@ -22,7 +22,7 @@ from entrypoint.failures import Problem, Unfit, collecting
 from entrypoint.files import File, Single
 from entrypoint.request import JobRequest, Location, Source
 from entrypoint.storage import Storage
-from kohya import config, dataset_config
+from kohya import config, dataset_config, networks
 from kohya.config import Kind, Merged, Setting
 from kohya.dataset_config import DatasetConfig
 
@@ -192,7 +192,7 @@ def _gone_on_from(header: Header, alpha: float | None, where: str, kind: Kind, m
     """
     values = merged.values
     wanted = set(
-        checkpoint.modules(
+        networks.modules(
             kind,
             unet=not values.get("network_train_text_encoder_only"),
             text_encoders=not values.get("network_train_unet_only"),
@@ -202,7 +202,7 @@ def _gone_on_from(header: Header, alpha: float | None, where: str, kind: Kind, m
     ranks = checkpoint.ranks(header, wanted)
     left_out = found - wanted
     if values.get("dim_from_weights"):  # the file decides what is trained of each part
-        left_out = {name for name in left_out if checkpoint.part(name) not in map(checkpoint.part, wanted)}
+        left_out = {name for name in left_out if networks.part(name) not in map(networks.part, wanted)}
     if left_out:
         note = f"{where}: {len(left_out)} of its {len(found)} modules are not trained, and left out"
         merged = replace(merged, notes=(*merged.notes, f"{note}, {min(left_out)} first"))

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import FrameType
 
-from entrypoint import dataset, publish, trainer
+from entrypoint import dataset, pictures, publish, trainer
 from entrypoint.check import Plan, check
 from entrypoint.checkpoint import Lora, verify_lora
 from entrypoint.console import fail, say, warn
@@ -23,7 +23,7 @@ from entrypoint.files import File, Single
 from entrypoint.record import Inputs, Job, Prepared
 from entrypoint.request import Source, resolve
 from entrypoint.storage import RemoteObject, Storage
-from kohya import config, states, tokenizers
+from kohya import config, networks, states, tokenizers
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -42,6 +42,7 @@ def run(arguments: Sequence[str]) -> int:
                 job.plan = check(job.request, job.tree, scratch(), storage)
             with job.stage("fetch"):
                 job.inputs = fetch(job.plan, storage)
+                look(job.inputs)
             with job.stage("prepare"):
                 job.prepared = prepare(job.inputs, job.tree, job.work)
             with job.stage("train"):
@@ -91,6 +92,13 @@ def fetch(plan: Plan, storage: Storage) -> Inputs:
     reg = below(request.reg, plan.reg_files) if request.reg else {}
     fetched = storage.fetch(wanted, root) if wanted else ()
     return Inputs(plan, model, files, reg, weights, fetched)
+
+
+def look(inputs: Inputs) -> None:
+    """Open every picture and caption that was fetched. Raises Unfit with all that cannot be used."""
+    plan = inputs.plan
+    names = {name: _named(file) for name, file in plan.dataset_files.items()}
+    pictures.check(plan.dataset, inputs.dataset, names, plan.merged.values)
 
 
 def prepare(inputs: Inputs, tree: Tree, work: Path) -> Prepared:
@@ -246,17 +254,7 @@ def _pictures(plan: Plan, work: Path) -> dict[str, str]:
 
 
 def _verified(path: Path, prepared: Prepared) -> Lora:
-    values = prepared.merged.values
-    # With dim_from_weights the file decides the modules; and after base_weights sd-scripts trains those of
-    # the resnets too, since it extends its class's own list of targets in place (networks/lora.py:1046-1048).
-    more = any(values.get(name) for name in ("network_args", "dim_from_weights", "base_weights"))
-    return verify_lora(
-        path,
-        prepared.plan.kind,
-        unet=not values.get("network_train_text_encoder_only"),
-        text_encoders=not values.get("network_train_unet_only"),
-        plain=values["network_module"] == "networks.lora" and not more,
-    )
+    return verify_lora(path, networks.expected(prepared.plan.kind, prepared.merged.values))
 
 
 def _good_ones(prepared: Prepared) -> list[Lora]:

@@ -24,7 +24,10 @@ from kohya.problem import Problem
 Kind = Literal["sd15", "sdxl"]
 KINDS: tuple[Kind, ...] = ("sd15", "sdxl")
 
-ALIASES = {"lr_restart_cycles": "lr_scheduler_num_cycles"}  # in both of ESD's templates
+ALIASES = {
+    "lr_restart_cycles": "lr_scheduler_num_cycles",  # in both of ESD's templates
+    "caption_extention": "caption_extension",  # it would win over the right spelling (train_util.py:5404)
+}
 
 # Options whose value is a folder or file that the job itself provides; a user's value is replaced.
 OWNED = frozenset(
@@ -45,14 +48,19 @@ MINIMUM = {
     "save_every_n_epochs": 1, "save_every_n_steps": 1, "train_batch_size": 1, "vae_batch_size": 1,
     "bucket_reso_steps": 1, "clip_skip": 1, "seed": 0, "keep_tokens": 0, "max_data_loader_n_workers": 0,
     "learning_rate": 0, "unet_lr": 0, "text_encoder_lr": 0, "lr_warmup_steps": 0, "max_grad_norm": 0,
-    "caption_dropout_rate": 0, "noise_offset": 0, "min_snr_gamma": 0,
+    "caption_dropout_rate": 0, "noise_offset": 0, "min_snr_gamma": 0, "network_alpha": 0,
+    "caption_tag_dropout_rate": 0, "network_dropout": 0, "validation_split": 0, "save_n_epoch_ratio": 0,
+    "caption_dropout_every_n_epochs": 0, "min_timestep": 0, "max_timestep": 1, "min_bucket_reso": 64,
 }  # fmt: skip
 
 # Where both are set sd-scripts lets epochs win (train_network.py:810): a layer that sets one drops the other.
 _LENGTHS = ("max_train_steps", "max_train_epochs")
 
 # The largest value that makes sense; any other whole number must fit into 64 bits.
-MAXIMUM = {"clip_skip": 12, "network_dim": 4096, "caption_dropout_rate": 1}
+MAXIMUM = {
+    "clip_skip": 12, "network_dim": 4096, "caption_dropout_rate": 1, "caption_tag_dropout_rate": 1,
+    "network_dropout": 1, "validation_split": 0.99, "min_timestep": 999, "max_timestep": 1000,
+}  # fmt: skip
 _64_BITS = 2**63 - 1
 
 _FILE_NAMES = ("output_name", "log_prefix")
@@ -265,8 +273,12 @@ def _check_value(option: Option, value: object) -> None:
     name, shown = option.name, _show(value)
     if option.choices is not None and value not in option.choices:
         choices = [str(choice) for choice in option.choices if choice is not None]
-        close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.1)
-        raise _Wrong(f"{name} = {shown} is not one of {', '.join(choices)}", f"Write {(close or choices)[0]}")
+        close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+        fit = close[0] if close else option.default or choices[0]
+        way_out = (
+            "Remove it: it counts beside torch_compile only" if name == "dynamo_backend" else f"Write {fit}"
+        )
+        raise _Wrong(f"{name} = {shown} is not one of {', '.join(choices)}", way_out)
     smallest, largest = MINIMUM.get(name, -_64_BITS), MAXIMUM.get(name, _64_BITS)
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, int | float) and number < smallest:

@@ -11,7 +11,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,6 +72,14 @@ class SdScripts:
         )
         told = self._run(code, names)
         return names if told is None else told.split()
+
+    def lacks_classes(self, paths: Mapping[str, str]) -> dict[str, str]:
+        """Those of `paths`, package.Class by any name, that its Python cannot import. Takes seconds each."""
+        code = (
+            "import importlib, sys; module, _, name = sys.argv[1].rpartition('.'); "
+            "getattr(importlib.import_module(module), name)"
+        )
+        return {name: path for name, path in paths.items() if self._run(code, [path]) is None}
 
     def versions(self, distributions: Iterable[str]) -> dict[str, str]:
         """Of sd-scripts itself, and of those of `distributions` that its Python has."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from entrypoint.check import find_gpu
 from kohya import config, sd_scripts
 from kohya.config import KINDS, Kind
 from tests.contract.test_job import assert_completed, assert_lora
@@ -56,22 +57,13 @@ def test_a_training_that_diverges_is_ended(ready: Job, base_models: dict[Kind, P
     assert "shape.safetensors" not in {path.name for path in ready.model.iterdir()}
 
 
-def test_xformers_that_is_absent_becomes_sdpa(ready: Job, base_models: dict[Kind, Path]) -> None:
-    if not sd_scripts.find().lacks(["xformers"]):
-        pytest.skip("xformers is installed where sd-scripts runs")
+def test_xformers_that_cannot_run_becomes_sdpa(ready: Job, base_models: dict[Kind, Path]) -> None:
+    if find_gpu() and not sd_scripts.find().lacks(["xformers"]):
+        pytest.skip("xformers runs here")
     ready.mount("model", base_models["sd15"])
     result = ready.run("--xformers=true", "--max_train_epochs=1")
     assert result.code == 0, result.out + result.err
-    assert "flag --xformers: xformers = true becomes false: xformers is not installed" in result.out
-
-
-def test_bitsandbytes_that_is_absent_is_told_at_once(ready: Job, base_models: dict[Kind, Path]) -> None:
-    if not sd_scripts.find().lacks(["bitsandbytes"]):
-        pytest.skip("bitsandbytes is installed where sd-scripts runs")
-    ready.mount("model", base_models["sd15"])
-    result = ready.run("--optimizer_type=AdamW8bit")
-    assert result.code == 2
-    assert "bitsandbytes cannot be imported" in result.err
+    assert "flag --xformers: xformers = true becomes false: xformers " in result.out
 
 
 def test_options_are_those_of_the_pinned_parsers() -> None:

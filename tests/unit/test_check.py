@@ -7,7 +7,7 @@ import pytest
 
 from entrypoint import check
 from entrypoint.check import Gpu
-from kohya import config
+from kohya import config, rules
 from kohya.config import Setting
 from kohya.sd_scripts import SdScripts
 
@@ -56,6 +56,7 @@ def adapted(kind: config.Kind, python: Path, **values: object) -> config.Merged:
     """What becomes of `values` on top of the presets, for a Python that lacks nothing."""
     layer = [Setting(name, value, f"flag --{name}") for name, value in values.items()]
     merged = config.merge(kind, [config.preset(kind), check._machine(None), layer])
+    merged, _ = rules.settle(kind, merged)
     return check._sd_scripts(SdScripts(python.parent, python), kind, merged, None)[0]
 
 
@@ -71,7 +72,7 @@ def python(tmp_path: Path) -> Path:
 def test_cached_text_takes_the_presets_shuffling_away(python: Path) -> None:
     merged = adapted("sdxl", python, cache_text_encoder_outputs=True)
     assert merged.values["shuffle_caption"] is False
-    assert any("shuffle_caption = true becomes false: cached text" in note for note in merged.notes)
+    assert any("shuffle_caption = true becomes false" in note for note in merged.notes)
     assert adapted("sdxl", python).values["shuffle_caption"] is True
 
 

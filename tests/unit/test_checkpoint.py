@@ -10,10 +10,12 @@ from safetensors.numpy import save_file
 
 from demo import base_model
 from entrypoint import checkpoint
-from entrypoint.checkpoint import NotABaseModel, identify, modules, read_header, verify_lora
+from entrypoint.checkpoint import NotABaseModel, identify, read_header, verify_lora
 from entrypoint.failures import BadLora
 from kohya.config import KINDS, Kind
+from kohya.networks import expected, modules
 
+PLAIN = {"network_module": "networks.lora", "network_dim": 4}
 UNET_IN = "model.diffusion_model.input_blocks.0.0.weight"
 DATA = Path(__file__).parents[1] / "data"
 
@@ -95,20 +97,8 @@ def test_a_truncated_file_is_refused_from_its_header(tmp_path: Path) -> None:
         read_header(io.BytesIO(content), len(content) - 1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_modules_are_those_that_sd_scripts_makes(kind: Kind) -> None:
-    assert set(modules(kind)) == {name.split(".")[0] for name in names_and_shapes(f"lora_{kind}")}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_halves_of_a_lora_make_the_whole(kind: Kind) -> None:
-    unet, text = modules(kind, text_encoders=False), modules(kind, unet=False)
-    assert all(name.startswith("lora_unet_") for name in unet)
-    assert sorted(unet + text) == sorted(modules(kind))
-
-
 def test_a_lora_that_works_is_told_with_its_facts(lora: dict[str, np.ndarray], tmp_path: Path) -> None:
-    found = verify_lora(saved(lora, tmp_path / "x.safetensors"), "sd15")
+    found = verify_lora(saved(lora, tmp_path / "x.safetensors"), expected("sd15", PLAIN))
     assert (found.modules, found.rank, found.bytes) == (264, 4, found.path.stat().st_size)
 
 
@@ -117,9 +107,9 @@ def test_a_lora_of_the_unet_alone_works_where_only_that_was_trained(
 ) -> None:
     unet = {name: tensor for name, tensor in lora.items() if name.startswith("lora_unet_")}
     path = saved(unet, tmp_path / "x.safetensors")
-    assert verify_lora(path, "sd15", text_encoders=False).modules == 192
+    assert verify_lora(path, expected("sd15", {**PLAIN, "network_train_unet_only": True})).modules == 192
     with pytest.raises(BadLora, match="lacks 72 of 264 modules"):
-        verify_lora(path, "sd15")
+        verify_lora(path, expected("sd15", PLAIN))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -128,29 +118,46 @@ def test_one_nan_or_inf_is_enough(lora: dict[str, np.ndarray], tmp_path: Path, v
     broken = {**lora, name: lora[name].copy()}
     broken[name].flat[-1] = value
     with pytest.raises(BadLora, match="NaN or Inf in 1 of 792"):
-        verify_lora(saved(broken, tmp_path / "x.safetensors"), "sd15")
+        verify_lora(saved(broken, tmp_path / "x.safetensors"), expected("sd15", PLAIN))
 
 
 def test_an_untrained_lora_is_refused(lora: dict[str, np.ndarray], tmp_path: Path) -> None:
     zero = {name: np.zeros_like(tensor) if "lora_up" in name else tensor for name, tensor in lora.items()}
     with pytest.raises(BadLora, match="all zero"):
-        verify_lora(saved(zero, tmp_path / "x.safetensors"), "sd15")
+        verify_lora(saved(zero, tmp_path / "x.safetensors"), expected("sd15", PLAIN))
+
+
+def test_a_part_that_was_trained_and_is_zero_is_refused(lora: dict[str, np.ndarray], tmp_path: Path) -> None:
+    zero = {name: tensor * (not name.startswith("lora_te_")) for name, tensor in lora.items()}
+    path = saved(zero, tmp_path / "x.safetensors")
+    with pytest.raises(BadLora, match="every lora_te module is all zero"):
+        verify_lora(path, expected("sd15", PLAIN))
+    assert verify_lora(path, expected("sd15", {**PLAIN, "text_encoder_lr": [0.0]})).modules == 264
+
+
+def test_another_rank_than_was_asked_for_is_refused(lora: dict[str, np.ndarray], tmp_path: Path) -> None:
+    path = saved(lora, tmp_path / "x.safetensors")
+    with pytest.raises(BadLora, match="not of rank 8"):
+        verify_lora(path, expected("sd15", {**PLAIN, "network_dim": 8}))
 
 
 def test_missing_and_foreign_keys_are_named(lora: dict[str, np.ndarray], tmp_path: Path) -> None:
     name = "lora_unet_mid_block_attentions_0_proj_in"
     without = {key: tensor for key, tensor in lora.items() if key != f"{name}.alpha"}
-    with pytest.raises(BadLora, match=f"lacks 1 tensors, {name}.alpha first"):
-        verify_lora(saved(without, tmp_path / "x.safetensors"), "sd15")
-    with pytest.raises(BadLora, match="a sd15 LoRA does not have"):
-        verify_lora(saved({**lora, "lora_te1_x.alpha": np.float16(1)}, tmp_path / "y.safetensors"), "sd15")
+    with pytest.raises(BadLora, match=f"{name} has no such set of tensors: lora_down.weight, lora_up.weight"):
+        verify_lora(saved(without, tmp_path / "x.safetensors"), expected("sd15", PLAIN))
+    with pytest.raises(BadLora, match="has 1 modules that were not to be trained, lora_te1_x first"):
+        verify_lora(
+            saved({**lora, "lora_te1_x.alpha": np.float16(1)}, tmp_path / "y.safetensors"),
+            expected("sd15", PLAIN),
+        )
 
 
 def test_a_truncated_lora_does_not_open(lora: dict[str, np.ndarray], tmp_path: Path) -> None:
     path = saved(lora, tmp_path / "x.safetensors")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(BadLora, match="does not open"):
-        verify_lora(path, "sd15")
+        verify_lora(path, expected("sd15", PLAIN))
 
 
 @pytest.mark.parametrize(
@@ -163,15 +170,38 @@ def test_bfloat16_is_read_by_its_bits(bits: int, broken: bool) -> None:
     assert not checkpoint._nonzero({**tensor, "data": np.array([0, 0x8000], np.uint16).tobytes()})
 
 
-def test_a_lora_of_another_network_is_known_by_the_beginnings_of_its_names(tmp_path: Path) -> None:
-    names = ("lora_unet_x.hada_w1_a", "lora_unet_x.hada_w2_b", "lora_te_y.hada_w1_a", "lora_te_y.hada_w2_b")
-    loha = {name: np.ones((4, 8), np.float16) for name in names}
-    path = saved(loha, tmp_path / "x.safetensors")
-    assert verify_lora(path, "sd15", plain=False).modules == 2
-    with pytest.raises(BadLora, match="lacks"):
-        verify_lora(path, "sd15")
-    with pytest.raises(BadLora, match="no key that begins with lora_te_"):
-        verify_lora(saved({name: loha[name] for name in names[:2]}, path), "sd15", plain=False)
-    zero = {name: tensor * (not name.endswith("w2_b")) for name, tensor in loha.items()}
-    with pytest.raises(BadLora, match="all zero"):
-        verify_lora(saved(zero, path), "sd15", plain=False)
+LYCORIS: dict[str, Any] = {"network_module": "lycoris.kohya", "network_args": ["preset=attn-mlp"]}
+
+
+def factors(ends: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """A LoRA of every module of SD1.5, each with these tensors."""
+    return {f"{name}.{end}": np.ones((4, 4), np.float16) for name in modules("sd15") for end in ends}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "ends"),
+    [
+        ("locon", ("alpha", "lora_down.weight", "lora_up.weight", "dora_scale")),
+        ("loha", ("alpha", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
+        ("lokr", ("alpha", "lokr_w1", "lokr_w2_a", "lokr_w2_b")),
+        ("lokr", ("alpha", "lokr_w1", "lokr_w2")),
+    ],
+)
+def test_a_lora_by_lycoris(algorithm: str, ends: tuple[str, ...], tmp_path: Path) -> None:
+    values = {**LYCORIS, "network_args": [*LYCORIS["network_args"], f"algo={algorithm}"]}
+    wanted = expected("sd15", values)
+    path = tmp_path / "x.safetensors"
+    made = factors(ends)
+    extra = {f"lora_unet_time_embedding_linear_1.{end}": np.ones((4, 4), np.float16) for end in ends}
+    assert verify_lora(saved({**made, **extra}, path), wanted).modules == 265
+    text = {name: tensor for name, tensor in made.items() if name.startswith("lora_te_")}
+    with pytest.raises(BadLora, match="lacks 192 of 264 modules"):
+        verify_lora(saved(text, path), wanted)
+    with pytest.raises(BadLora, match="has no such set of tensors"):
+        verify_lora(saved(factors(ends[:-2]), path), wanted)
+    zero = {name: tensor * (not name.endswith(ends[2])) for name, tensor in made.items()}
+    with pytest.raises(BadLora, match="it is all zero"):
+        verify_lora(saved(zero, path), wanted)
+    foreign = {f"lora_te1_x.{end}": np.ones((4, 4), np.float16) for end in ends}
+    with pytest.raises(BadLora, match="has 1 modules that were not to be trained"):
+        verify_lora(saved({**made, **foreign}, path), wanted)

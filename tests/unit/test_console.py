@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from entrypoint import console
@@ -29,3 +32,15 @@ def test_everything_that_is_said_is_redacted(capsys: pytest.CaptureFixture[str])
     console.fail("z s3cret-value")
     out, err = capsys.readouterr()
     assert (out, err) == ("x ***\n", "WARNING: y ***\nERROR: z ***\n")
+
+
+def test_lines_of_several_threads_stay_apart() -> None:
+    code = """
+from threading import Thread
+from entrypoint.console import say
+threads = [Thread(target=lambda: [say("x" * 20) for _ in range(2000)]) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert set(told.splitlines()) == {"x" * 20}

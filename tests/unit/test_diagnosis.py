@@ -18,6 +18,8 @@ from entrypoint.diagnosis import diagnose
         ),
         ("ModuleNotFoundError: No module named 'bitsandbytes.nn'", "bitsandbytes is not installed"),
         ("No data found. Please verify arguments", "found no pictures"),
+        ("RuntimeError: NaN detected in latents: /x/a.png", "made NaN of a picture. Set no_half_vae=true"),
+        ("ValueError: optimizer got an empty parameter list", "Every learning rate is 0"),
     ],
 )
 def test_known_ends_are_told_with_the_way_out(line: str, said: str) -> None:

@@ -10,7 +10,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from entrypoint.check import ModelFile, _sd_scripts, _to_fetch
-from entrypoint.checkpoint import modules
 from entrypoint.contract import Tree
 from entrypoint.files import File, Single
 from entrypoint.inputs import Extras, find, pictures
@@ -18,6 +17,7 @@ from entrypoint.request import JobRequest, resolve
 from entrypoint.storage import RemoteObject, S3Uri, Storage
 from kohya import config
 from kohya.config import Kind, Merged
+from kohya.networks import modules
 from kohya.sd_scripts import SdScripts
 
 VAE = {"encoder.down.0.block.0.norm1.weight": (128,), "encoder.conv_out.weight": (8, 512, 3, 3)}

@@ -1,0 +1,166 @@
+"""What networks must leave, against key names and blocks that sd-scripts itself made of full-size models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kohya.config import KINDS, Kind
+from kohya.networks import ARGUMENTS, block_of, convolutions, expected, modules, problems
+
+DATA = Path(__file__).parents[1] / "data"
+LORA = {"network_module": "networks.lora", "network_dim": 8}
+TEXT = {"sd15": 72, "sdxl": 264}  # modules in the text encoders
+
+
+def facts(name: str, kind: Kind) -> Any:
+    return json.loads((DATA / f"{name}_{kind}.json").read_text())
+
+
+def told(kind: Kind, *arguments: str, **values: object) -> str:
+    found = problems(kind, {**LORA, "network_args": list(arguments), **values})
+    return " ".join(f"{name}: {wrong}. {fix}" for name, wrong, fix in found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modules_are_those_that_sd_scripts_makes(kind: Kind) -> None:
+    assert set(modules(kind)) == {name.split(".")[0] for name in facts("lora", kind)}
+    assert set(convolutions(kind)) == set(facts("locon", kind)["modules"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_halves_of_a_lora_make_the_whole(kind: Kind) -> None:
+    unet, text = modules(kind, text_encoders=False), modules(kind, unet=False)
+    assert all(name.startswith("lora_unet_") for name in unet)
+    assert sorted(unet + text) == sorted(modules(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_are_counted_as_sd_scripts_counts_them(kind: Kind) -> None:
+    made = facts("locon", kind)
+    blocks = {**made["blocks"], **{name: fact["block"] for name, fact in made["modules"].items()}}
+    assert {name: block_of(kind, name) for name in blocks} == blocks
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_conv_dim_is_the_rank_of_3x3_convolutions_alone(kind: Kind) -> None:
+    made = expected(kind, {**LORA, "network_args": ["conv_dim=2"]}).modules
+    shapes = {name: fact["lora_down"] for name, fact in facts("locon", kind)["modules"].items()}
+    assert {name: made[name] for name in shapes} == {
+        name: 2 if shape[2:] == [3, 3] else 8 for name, shape in shapes.items()
+    }
+    assert len(made) == len(modules(kind)) + len(shapes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "left", "rank"),
+    [
+        # counted in networks that sd-scripts made of full-size models
+        ("sd15", [f"block_dims={','.join(['8'] * 20 + ['0'] * 5)}"], 204, 8),
+        ("sdxl", [f"block_dims={','.join(['8'] * 20 + ['0'] * 3)}"], 986, 8),
+        ("sd15", [f"block_dims={','.join(['8'] * 20 + ['0'] * 5)}", "conv_dim=8"], 280, 8),
+        ("sdxl", [f"block_dims={','.join(['8'] * 20 + ['0'] * 3)}", "conv_dim=8"], 1048, 8),
+        ("sd15", ["down_lr_weight=0,0,0,1"], 240, 8),
+        ("sd15", ["mid_lr_weight=0"], 252, 8),
+        ("sd15", ["up_lr_weight=zeros"], 156, 8),
+        ("sdxl", ["up_lr_weight=zeros"], 614, 8),
+        ("sd15", ["up_lr_weight=zeros+.5"], 264, 8),
+        ("sdxl", ["mid_lr_weight=1,0,1"], 884, 8),
+        ("sd15", ["up_lr_weight=sine"], 264, 8),
+        ("sdxl", ["up_lr_weight=sine"], 884, 8),
+        ("sdxl", ["down_lr_weight=.1,.1,.1,.1,.1,.1,1", "block_lr_zero_threshold=.5"], 942, 8),
+        ("sd15", ["down_lr_weight=.1,.1,.1,.1,.1,.1,1", "block_lr_zero_threshold=.5"], 216, 8),
+    ],
+)
+def test_blocks_without_a_rank_or_rate_are_left_out(
+    kind: Kind, arguments: list[str], left: int, rank: int
+) -> None:
+    made = expected(kind, {**LORA, "network_args": arguments}).modules
+    assert len(made) == left
+    assert {made[name] for name in made if name.startswith("lora_unet_")} == {rank}
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({}, {"lora_unet", "lora_te"}),
+        ({"network_train_unet_only": True}, {"lora_unet"}),
+        ({"network_train_text_encoder_only": True}, {"lora_te"}),
+        ({"text_encoder_lr": [0.0]}, {"lora_unet"}),
+        ({"learning_rate": 0.0, "unet_lr": 1e-4}, {"lora_unet"}),
+        ({"unet_lr": 0.0}, {"lora_te"}),
+    ],
+)
+def test_what_was_trained_follows_the_learning_rates(values: dict[str, Any], parts: set[str]) -> None:
+    assert expected("sd15", {**LORA, **values}).parts == parts
+
+
+@pytest.mark.parametrize(
+    ("preset", "left"),
+    [
+        ("attn-mlp", 264), ("attn-only", 176), ("unet-transformer-only", 192), ("unet-convblock-only", 86),
+    ],
+)  # fmt: skip
+def test_a_preset_of_lycoris_says_what_is_trained_at_least(preset: str, left: int) -> None:
+    values = {"network_module": "lycoris.kohya", "network_args": [f"preset={preset}"]}
+    made = expected("sd15", values)
+    assert (len(made.modules), made.more) == (left, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["conv_dmi=4"], "networks.lora does not know conv_dmi, and would ignore it"),
+        (["conv_dim"], "'conv_dim' is not name=value"),
+        (["conv_dim=four"], "conv_dim=four: it is not a whole number"),
+        (["conv_dim=4.5"], "it is not a whole number"),
+        (["rank_dropout=x"], "it is not a number"),
+        (["dropout=0.1"], "Write network_dropout instead"),
+        (["block_dims=1,2"], "sd15 has 25 blocks"),
+        (["up_lr_weight=1"], "sd15 has 12 such blocks"),
+        (["up_lr_weight=sinus"], "sd15 has 12 such blocks"),
+        (["block_alphas=" + ",".join(["1"] * 25)], "counts only beside block_dims"),
+    ],
+)
+def test_arguments_that_the_network_does_not_know_are_refused(arguments: list[str], said: str) -> None:
+    assert said in told("sd15", *arguments)
+
+
+def test_networks_that_make_no_lora_are_refused() -> None:
+    assert "networks.lora_flux is not one of networks.lora" in told(
+        "sd15", network_module="networks.lora_flux"
+    )
+    assert "it is not set" in told("sd15", network_module="")
+
+
+def test_dylora() -> None:
+    dylora = {"network_module": "networks.dylora"}
+    assert told("sd15", "unit=4", "conv_dim=8", **dylora) == ""
+    assert "no multiple of unit=3" in told("sd15", "unit=3", **dylora)
+    assert "networks.dylora has one rank" in told("sd15", "conv_dim=4", **dylora)
+    assert "loses one of them" in told("sdxl", **dylora)
+    assert told("sdxl", network_train_unet_only=True, **dylora) == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["algo=lokr", "preset=attn-mlp", "factor=-1", "use_tucker=True"], ""),
+        (["algo=ia3", "preset=attn-mlp"], "algo=ia3: it is not one of lora, locon, dylora, loha, lokr"),
+        (["preset=attn-mpl"], "preset=attn-mpl: it is not one of"),
+        (["preset=attn-mlp", "use_tucker=0"], "it is neither True nor False"),
+        (["preset=attn-mlp", "decompose_both=False"], "any text counts as true"),
+        ([], "names two layers of SD1.5 twice"),
+    ],
+)
+def test_lycoris(arguments: list[str], said: str) -> None:
+    found = told("sd15", *arguments, network_module="lycoris.kohya")
+    assert said in found
+    assert bool(said) == bool(found)
+
+
+def test_every_known_argument_has_a_value_that_is_taken() -> None:
+    for module, names in ARGUMENTS.items():
+        for name in names:
+            assert "does not know" not in told("sd15", f"{name}=1", network_module=module)
