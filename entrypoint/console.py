@@ -35,9 +35,7 @@ def redact(text: str) -> str:
 def say(text: str) -> None:
     """One line to stdout, at once. Nobody listening is no reason to end."""
     with suppress(BrokenPipeError):
-        print(
-            redact(text) + "\n", end="", flush=True
-        )  # in one piece: threads print too
+        print(redact(text) + "\n", end="", flush=True)  # in one piece: threads print too
 
 
 def warn(text: str) -> None:

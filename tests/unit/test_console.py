@@ -36,6 +36,8 @@ def test_everything_that_is_said_is_redacted(capsys: pytest.CaptureFixture[str])
 
 def test_lines_of_several_threads_stay_apart() -> None:
     code = """
+import sys
+sys.setswitchinterval(1e-6)
 from threading import Thread
 from entrypoint.console import say
 threads = [Thread(target=lambda: [say("x" * 20) for _ in range(2000)]) for _ in range(8)]
