@@ -7,6 +7,7 @@ TRAINER ?= builtin
 MODEL ?=
 DATASET ?=
 OUT ?=
+FOLDER ?=
 
 # The vocabulary of CLIP's tokenizers is taken from this wheel; the package itself is never imported.
 VOCABULARY := open_clip_torch==3.3.0
@@ -16,7 +17,7 @@ SD_SCRIPTS_COMMIT = $(shell awk -F '"' '/^COMMIT = / {print $$2}' kohya/sd_scrip
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo sd-scripts options test test-sd-scripts test-gpu lint format clean
+.PHONY: help env demo full-size sd-scripts options test test-sd-scripts test-gpu lint format clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +35,9 @@ $(READY): pyproject.toml
 demo: $(READY) ## Run the main job on this machine: S3 in, LoRA out [KIND TRAINER MODEL DATASET OUT]
 	$(VENV)/bin/python -m demo --kind $(KIND) --trainer $(TRAINER) $(if $(OUT),--out "$(OUT)") \
 		$(if $(MODEL),--model "$(MODEL)") $(if $(DATASET),--dataset "$(DATASET)")
+
+full-size: $(READY) ## Measure the job on a full-size model, beside sd-scripts typed by hand [KIND FOLDER]
+	$(VENV)/bin/python -m benchmarks.full_size --kind $(KIND) $(if $(FOLDER),--folder "$(FOLDER)")
 
 sd-scripts: $(SD_SCRIPTS)/.ready ## Get the pinned sd-scripts, with an environment of its own, into .sd-scripts
 

@@ -36,7 +36,7 @@ def write(path: Path, kind: Kind, seed: int = 0) -> Path:
     """Write a narrow base model of `kind` (fp16, 35 or 77 MB) to `path` and return it."""
     rng = np.random.default_rng(seed)
     shapes: dict[str, list[int]] = json.loads((SHAPES / f"base_{kind}.json").read_text())
-    tensors = {key: _draw(key, tuple(_narrow(key, shape)), rng) for key, shape in shapes.items()}
+    tensors = {key: draw(key, tuple(_narrow(key, shape)), rng) for key, shape in shapes.items()}
     _vae_scale(tensors, kind)
     _rough_denoiser(tensors, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,8 @@ def _narrow(key: str, shape: list[int]) -> list[int]:
     return [size * _TEXT_WIDTH // width if width <= size < 49408 else size for size in shape]
 
 
-def _draw(key: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+def draw(key: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Random weights for `key`, fp16, that keep values of about 1 at any width: norms are 1, biases 0."""
     if key.endswith("logit_scale"):
         return np.full(shape, math.log(100), np.float16)
     if key.endswith(("bias", "in_proj_bias")):
