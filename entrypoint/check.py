@@ -18,7 +18,7 @@ from entrypoint.dataset import DataSet
 from entrypoint.failures import Problem, Unfit, collecting
 from entrypoint.files import File, Single
 from entrypoint.inputs import Extras
-from entrypoint.request import JobRequest, Location, Source
+from entrypoint.request import JobRequest, Location, Source, Trainer
 from entrypoint.storage import RemoteObject, S3Uri, Storage
 from kohya import config, rules, sd_scripts, tokenizers
 from kohya.builtin.options import problems as builtin_problems
@@ -268,7 +268,7 @@ def _trainer(
         wrong = f"the CLIP tokenizers are not in {tokenizers.folder()}"
         problems.append(Problem(f"trainer {request.trainer}", wrong, "Type: python -m kohya.tokenizers"))
     if "resume" in merged.settings:
-        merged, wrong_state = _resumed(merged)
+        merged, wrong_state = _resumed(request.trainer, merged)
         problems += wrong_state
     if request.trainer == "builtin":
         return None, merged, [*problems, *_builtin(kind, merged)]
@@ -281,12 +281,13 @@ def _trainer(
     return found, merged, [*problems, *wrongs]
 
 
-def _resumed(merged: Merged) -> tuple[Merged, list[Problem]]:
+def _resumed(trainer: Trainer, merged: Merged) -> tuple[Merged, list[Problem]]:
     """The configuration of a run that goes on from a state, and what is wrong with the state's folder."""
     resume = merged.settings["resume"]
     folder = Path(str(resume.value)).expanduser().absolute()
-    if not (folder / "train_state.json").is_file():
-        wrong = f"{folder} is no state: there is no train_state.json in it"
+    own = "random_states.bin" if trainer == "builtin" else "random_states_0.pkl"
+    if missing := [name for name in ("train_state.json", own) if not (folder / name).is_file()]:
+        wrong = f"{folder} is no state of the trainer {trainer}: there is no {missing[0]} in it"
         return merged, [Problem(resume.where, wrong, "Name a folder such as lora-step00000012-state")]
     return config.change(merged, {"resume": str(folder)}, resume.where), []
 

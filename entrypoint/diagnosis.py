@@ -2,7 +2,7 @@
 
 import re
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _CAUSES = (  # what the last lines hold; what it means, and the way out
     (
@@ -39,13 +39,26 @@ _CAUSES = (  # what the last lines hold; what it means, and the way out
 )
 
 
+# How the launcher of several processes reports on them; what they said themselves comes before it.
+_REPORT = "torch/distributed/elastic"
+_RANK = re.compile(r"\[rank\d+\]: ")
+_KILLED = re.compile(r"exitcode\s*: -9\b")
+
+
+def last_words(tail: Sequence[str]) -> str:
+    """The line that a trainer ended with; of several processes, the last line of the one that failed."""
+    report = next((number for number, line in enumerate(tail) if _REPORT in line), len(tail))
+    said = [line for line in tail[:report] if _RANK.match(line)] or tail[:report] or tail
+    return _RANK.sub("", said[-1]) if said else "It printed nothing"
+
+
 def diagnose(code: int, tail: Iterable[str]) -> str | None:
     """The cause of the end of a trainer with a `code` that is not 0 (negative: a signal); None if unknown."""
     text = "\n".join(tail)
     for pattern, cause in _CAUSES:
         if found := re.search(pattern, text):
             return cause.format(*found.groups())
-    if code == -signal.SIGKILL:
+    if code == -signal.SIGKILL or _KILLED.search(text):
         return (
             "The trainer was killed, most likely because the machine ran out of memory. "
             "Take an instance with more of it, or set max_data_loader_n_workers=0."

@@ -18,6 +18,7 @@ from entrypoint.check import Plan, check
 from entrypoint.checkpoint import Lora, verify_lora
 from entrypoint.console import fail, say, warn
 from entrypoint.contract import Tree
+from entrypoint.diagnosis import last_words
 from entrypoint.failures import BadLora, JobError, Problem, Stopped, StorageError, TrainerFailed, Unfit
 from entrypoint.files import File, Single
 from entrypoint.record import Inputs, Job, Prepared
@@ -158,11 +159,7 @@ def verify(prepared: Prepared, ended: trainer.Ended) -> list[Lora]:
     """
     final = prepared.output / f"{prepared.output_name}.safetensors"
     if ended.code != 0 or not final.exists():
-        last = (
-            dataset.as_given(ended.tail[-1].rstrip("."), prepared.origins)
-            if ended.tail
-            else "It printed nothing"
-        )
+        last = dataset.as_given(last_words(ended.tail).rstrip("."), prepared.origins)
         how = f"exit code {ended.code}" if ended.code >= 0 else signal.Signals(-ended.code).name
         left = "" if final.exists() else f" and left no {final.name}"
         raise TrainerFailed(f"{ended.cause or f'{last}.'} (The trainer ended with {how}{left}.)")
@@ -228,10 +225,11 @@ def _say_plan(plan: Plan) -> None:
             "an epoch uses as many as the data set has with repeats"
         )
     precision = plan.merged.settings["mixed_precision"]
+    devices = f" on {plan.gpu.count} GPUs" if plan.gpu and plan.gpu.count > 1 else ""
     say(
         f"check: {plan.kind} base model, {plan.model.size / 1e9:.2f} GB; "
         f"{plan.dataset.pictures} pictures, {plan.dataset.repeated} an epoch with repeats; "
-        f"trainer {plan.request.trainer}; mixed_precision {precision.value} ({precision.where})"
+        f"trainer {plan.request.trainer}{devices}; mixed_precision {precision.value} ({precision.where})"
     )
 
 

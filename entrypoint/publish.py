@@ -25,7 +25,7 @@ def results(job: Job, storage: Storage) -> None:
         return
     prepared, request = job.prepared, job.request
     values = {**prepared.plan.merged.values, "output_name": prepared.output_name}
-    not_again = config.OWNED | PLACED | SECRET_OPTIONS
+    not_again = config.OWNED | PLACED | SECRET_OPTIONS | {"resume", "skip_until_initial_step"}
     again = {name: value for name, value in values.items() if name not in not_again}
     kept = job.work / f"{prepared.output_name}.toml"
     loras = {lora.path.name: lora.path for lora in job.loras}

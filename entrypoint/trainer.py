@@ -21,7 +21,7 @@ from entrypoint.progress import Progress
 from kohya import metrics
 
 STOP_SECONDS = 75  # of the 120 that SageMaker gives: the rest is for publishing
-_TAIL_LINES = 40
+_TAIL_LINES = 100  # a launcher of several processes reports at length on their end
 _PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 

@@ -305,3 +305,31 @@ def test_a_stop_publishes_what_there_is(
     assert_lora(job.model / "shape-000001.safetensors", "sd15")
     (state,) = (job.tree / "checkpoints").iterdir()
     assert (state / "train_state.json").exists()
+
+
+def test_a_job_goes_on_from_a_state(job: Job, base_models: dict[Kind, Path], pictures: Path) -> None:
+    """A timed state is the newest alone; the job that resumes makes the steps that are left."""
+    job.mount("model", base_models["sd15"])
+    job.mount("dataset", pictures)
+    job.configure("hyperparameters", {**TINY, "max_train_epochs": "6", "state_every_minutes": "0.0001"})
+    result = job.run_until("epoch=2/6", signal.SIGTERM)
+    assert result.code == 143, result.out + result.err
+    (state,) = (job.tree / "checkpoints").iterdir()
+    done = json.loads((state / "train_state.json").read_text())["current_step"]
+
+    result = job.run(f"--resume={state}")
+
+    assert result.code == 0, result.out + result.err
+    steps = [
+        event.step
+        for log in job.events
+        for event in EventAccumulator(str(log.parent)).Reload().Scalars("loss/current")
+    ]
+    assert steps == list(range(1, 25))
+    assert 4 <= done < 24
+    again = tomllib.loads((job.model / "shape.toml").read_text())
+    assert "resume" not in again
+    assert job.run("--resume=/nowhere").err == (
+        "ERROR: flag --resume: /nowhere is no state of the trainer builtin: there is no train_state.json in "
+        "it. Name a folder such as lora-step00000012-state.\n"
+    )

@@ -1,6 +1,6 @@
 import pytest
 
-from entrypoint.diagnosis import diagnose
+from entrypoint.diagnosis import diagnose, last_words
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,25 @@ def test_sigkill_without_a_word_is_most_likely_memory() -> None:
 def test_what_is_not_known_is_not_guessed() -> None:
     assert diagnose(1, ["ValueError: strange"]) is None
     assert diagnose(-15, []) is None
+
+
+SEVERAL = (
+    "[rank1]: Traceback (most recent call last):",
+    "[rank1]: RuntimeError: strange",
+    "steps:   0%|          | 0/4 [00:00<?, ?it/s]",
+    "W1122 02:25:50.480000 25763 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process",
+    "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:",
+    "  exitcode  : -9 (pid: 25801)",
+    "============================================================",
+)
+
+
+def test_of_several_processes_the_one_that_failed_has_the_last_word() -> None:
+    assert last_words(SEVERAL) == "RuntimeError: strange"
+    assert last_words(("a", "b", SEVERAL[3], SEVERAL[6])) == "b"
+    assert last_words(("a", "b")) == "b"
+    assert last_words(()) == "It printed nothing"
+
+
+def test_one_of_several_that_was_killed_is_told() -> None:
+    assert "ran out of memory" in str(diagnose(1, SEVERAL))
