@@ -12,6 +12,7 @@ FOLDER ?=
 # The vocabulary of CLIP's tokenizers is taken from this wheel; the package itself is never imported.
 VOCABULARY := open_clip_torch==3.3.0
 SD_SCRIPTS := .sd-scripts
+LYCORIS := lycoris-lora==4.1.3
 SD_SCRIPTS_TAG = $(shell awk -F '"' '/^TAG = / {print $$2}' kohya/sd_scripts.py)
 SD_SCRIPTS_COMMIT = $(shell awk -F '"' '/^COMMIT = / {print $$2}' kohya/sd_scripts.py)
 READY := $(VENV)/.ready
@@ -46,16 +47,17 @@ $(SD_SCRIPTS)/.ready: kohya/sd_scripts.py
 	git clone --quiet --depth 1 --branch $(SD_SCRIPTS_TAG) https://github.com/kohya-ss/sd-scripts $(SD_SCRIPTS)/checkout
 	test "$$(git -C $(SD_SCRIPTS)/checkout rev-parse HEAD)" = $(SD_SCRIPTS_COMMIT)
 	$(PYTHON) -m venv $(SD_SCRIPTS)/venv
-	cd $(SD_SCRIPTS)/checkout && ../venv/bin/pip install --quiet torch torchvision -r requirements.txt
+	cd $(SD_SCRIPTS)/checkout && sed s/^opencv-python=/opencv-python-headless=/ requirements.txt \
+		| ../venv/bin/pip install --quiet torch torchvision $(LYCORIS) -r /dev/stdin
 	@touch $@
 
-options: $(READY) ## Write kohya/options.json from the pinned sd-scripts
-	$(VENV)/bin/python -c 'from kohya import sd_scripts as s; f = s.find(); print(f.python, "-m kohya.options", f.folder)' \
-		| sh >$(VENV)/options.json
-	mv $(VENV)/options.json kohya/options.json
+options: $(READY) ## Write kohya/options.json and tests/data from the pinned sd-scripts
+	set -e; set -- $$($(VENV)/bin/python -c 'from kohya import sd_scripts as s; f = s.find(); print(f.python, f.folder)'); \
+	"$$1" -m kohya.options "$$2" >$(VENV)/options.json; mv $(VENV)/options.json kohya/options.json; \
+	"$$1" -m tests.shapes "$$2" tests/data >/dev/null
 
 test-sd-scripts: $(READY) ## Run the tests that need sd-scripts [SD_SCRIPTS_DIR SD_SCRIPTS_PYTHON]
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/sd_scripts
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal tests/sd_scripts
 
 test-gpu: $(READY) ## Run the tests that need a GPU and sd-scripts, and time the presets [SD_SCRIPTS_DIR SD_SCRIPTS_PYTHON]
 	@nvidia-smi --query-gpu=name,memory.total --format=csv,noheader 2>/dev/null \

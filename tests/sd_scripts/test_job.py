@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,17 +67,17 @@ def test_xformers_that_cannot_run_becomes_sdpa(ready: Job, base_models: dict[Kin
     assert "flag --xformers: xformers = true becomes false: xformers " in result.out
 
 
-def test_options_are_those_of_the_pinned_parsers() -> None:
-    """kohya/options.json against the parsers themselves: names, types, defaults, choices."""
-    found = sd_scripts.find()
-    told = subprocess.run(
-        [found.python, "-m", "kohya.options", str(found.folder)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+def test_facts_are_those_of_the_pinned_scripts(tmp_path: Path) -> None:
+    """What `make options` writes: names, types, defaults, choices; key names and shapes."""
+    found, root = sd_scripts.find(), Path(__file__).parents[2]
+    python = partial(subprocess.run, cwd=root, capture_output=True, text=True, check=True)
+    told = python([found.python, "-m", "kohya.options", found.folder]).stdout
     assert told == Path(config.__file__).with_name("options.json").read_text()
+    python([found.python, "-m", "tests.shapes", found.folder, tmp_path])
+    written = sorted(tmp_path.iterdir())
+    assert len(written) == 8
+    for file in written:
+        assert file.read_text() == (root / "tests" / "data" / file.name).read_text(), file.name
 
 
 READ_PRESETS = """
