@@ -211,7 +211,8 @@ class Watch:
         if self.accelerator.is_main_process:
             partial.rename(folder)
             print(f"the state after step {step} is {folder}", flush=True)
-        self._timer.saved(folder)
+            self._timer.saved(folder)
+        self._timer.restart()
 
     def _save_lora(self, file: Path, step: int) -> None:
         """The LoRA so far, in the precision of those that sd-scripts saves."""

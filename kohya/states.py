@@ -20,8 +20,14 @@ class Timer:
     def due(self) -> bool:
         return 0 < self._seconds <= time.monotonic() - self._since
 
+    def restart(self) -> None:
+        """The time begins anew."""
+        self._since = time.monotonic()
+
     def saved(self, folder: Path) -> None:
         """A state is whole: the one before it is not needed any more, and the time begins anew."""
         if self._last is not None and self._last != folder:
-            shutil.rmtree(self._last, ignore_errors=True)
-        self._last, self._since = folder, time.monotonic()
+            # without its name first: what is half removed must not look like a state
+            shutil.rmtree(self._last.rename(self._last.with_name(f".{self._last.name}.partial")))
+        self._last = folder
+        self.restart()

@@ -150,4 +150,4 @@ def test_persistent_workers_without_workers(ready: Job, base_models: dict[Kind, 
     flags = ("--persistent_data_loader_workers", "--max_data_loader_n_workers=0", "--max_train_epochs=1")
     result = ready.run(*flags)
     assert result.code == 0, result.out + result.err
-    assert "persistent_data_loader_workers = true becomes false: there are no workers" in result.out
+    assert "persistent_data_loader_workers = true becomes false: max_data_loader_n_workers is 0" in result.out
