@@ -41,6 +41,7 @@ _CAUSES = (  # what the last lines hold; what it means, and the way out
 
 # How the launcher of several processes reports on them; what they said themselves comes before it.
 _REPORT = "torch/distributed/elastic"
+_BAR = re.compile(r"\d%\|")  # tqdm draws its bar once more when an error ends it, below the error
 _RANK = re.compile(r"\[rank\d+\]: ")
 _KILLED = re.compile(r"exitcode\s*: -9\b")
 
@@ -48,7 +49,8 @@ _KILLED = re.compile(r"exitcode\s*: -9\b")
 def last_words(tail: Sequence[str]) -> str:
     """The line that a trainer ended with; of several processes, the last line of the one that failed."""
     report = next((number for number, line in enumerate(tail) if _REPORT in line), len(tail))
-    said = [line for line in tail[:report] if _RANK.match(line)] or tail[:report] or tail
+    own = [line for line in tail[:report] if not _BAR.search(line)] or tail
+    said = [line for line in own if _RANK.match(line)] or own
     return _RANK.sub("", said[-1]) if said else "It printed nothing"
 
 

@@ -53,6 +53,7 @@ def test_of_several_processes_the_one_that_failed_has_the_last_word() -> None:
     assert last_words(SEVERAL) == "RuntimeError: strange"
     assert last_words(("a", "b", SEVERAL[3], SEVERAL[6])) == "b"
     assert last_words(("a", "b")) == "b"
+    assert last_words(("a", "RuntimeError: mixed", SEVERAL[2])) == "RuntimeError: mixed"
     assert last_words(()) == "It printed nothing"
 
 
