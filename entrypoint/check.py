@@ -207,7 +207,8 @@ def _configuration(request: JobRequest, source: Source, storage: Storage) -> tup
 
     Where there are several, those that an option names, here or in one of them, are something else.
     """
-    named = {str(one.value) for layer in request.layers for one in layer if one.name in inputs.BESIDE}
+    every = [one for layer in request.layers for one in layer]
+    named = {str(PurePosixPath(str(one.value))) for one in every if one.name in inputs.BESIDE}
     endings = (".toml", ".txt", ".json") if named else (".toml",)
     there = files.matching(source, endings, "configuration", storage)
     if source.location.name not in there:
@@ -220,7 +221,7 @@ def _configuration(request: JobRequest, source: Source, storage: Storage) -> tup
     }
     if len(texts) > 1:
         settings = [one for name, text in texts.items() for one in config.read(text, name)[0]]
-        named = {str(one.value) for one in settings if one.name in inputs.BESIDE}
+        named = {str(PurePosixPath(str(one.value))) for one in settings if one.name in inputs.BESIDE}
         there = {name: file for name, file in there.items() if name not in named} or there
     fix = "Leave one, or name the configuration itself"
     file = files.sole(there, source, fix)

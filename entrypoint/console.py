@@ -4,6 +4,7 @@ CloudWatch keeps one event a line, so a line is never redrawn. Everything that l
 text (log, failure file, job.json, the merged configuration) goes through `redact`.
 """
 
+import io
 import os
 import re
 import sys
@@ -30,6 +31,13 @@ def redact(text: str) -> str:
     for secret in sorted((one for one in known if len(one) >= _SHORTEST), key=len, reverse=True):
         text = text.replace(secret, "***")
     return _PRESIGNED.sub(r"\1***", text)
+
+
+def speak_any_language() -> None:
+    """Print what the streams' encoding does not have as escapes: sd-scripts speaks Japanese too."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(text: str) -> None:

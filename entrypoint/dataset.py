@@ -15,6 +15,7 @@ from kohya.dataset_config import Folder
 from kohya.problem import Problem
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # train_util.py:104
+UNREAD = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jxl", ".tif", ".tiff")  # pictures all the same
 FLAT_REPEATS = 10  # repeats for pictures that stand in no N_name folder
 _NUMBERED = re.compile(r"(\d+)_.*|(\d+)")  # `3` and `3_` are folders for sd-scripts too
 _NAMES_SHOWN = 3
@@ -77,6 +78,9 @@ def inspect(
     """
     visible, folders = _folders(sizes)
     problems: list[Problem] = []
+    if folders and (unread := [path for path in visible if PurePosixPath(path).suffix.lower() in UNREAD]):
+        wrong = f"sd-scripts reads {', '.join(PICTURES)} alone, and would leave out {_some(unread)}"
+        problems.append(Problem(where, wrong, "Save them as .png or .jpg, or take them out"))
     notes: list[str] = []
     subsets: list[Subset] = []
     for folder, pictures in folders.items():

@@ -24,7 +24,7 @@ _CAUSES = (  # what the last lines hold; what it means, and the way out
         "The GPU's driver is too old for this CUDA. Use a newer driver, or an image for an older CUDA.",
     ),
     (
-        r"No module named '(\w+)",
+        r"(?m)^(?:\[rank\d+\]: )?(?:ModuleNotFoundError|ImportError): No module named '(\w+)",
         "{0} is not installed where the trainer runs. Install it there, or do without it.",
     ),
     (

@@ -69,6 +69,9 @@ def find(
     with collecting(problems):
         if setting := merged.settings.get("sample_prompts"):
             prompts = _prompts(setting, folder, storage)
+            if not any((merged.values.get(name) or 0) > 0 for name in _DRAWING):
+                note = f"{setting.where}: nothing says when to draw, as sample_every_n_epochs = 1 would"
+                merged = replace(merged, notes=(*merged.notes, note))
     with collecting(problems):
         if setting := merged.settings.get("dataset_config"):
             described = _dataset_config(setting, folder, merged, request, storage)
@@ -123,9 +126,6 @@ def _drawing_problems(merged: Merged) -> Iterator[Problem]:
         wrong = f"{asked[0]} asks for pictures, and there are no sample_prompts to draw"
         fix = 'Put a text file beside the configuration, and write sample_prompts = "prompts.txt"'
         yield Problem(merged.settings[asked[0]].where, wrong, fix)
-    if prompts is not None and not asked:
-        wrong = "there are sample_prompts, and nothing says when to draw them"
-        yield Problem(prompts.where, wrong, "Write sample_every_n_epochs = 1")
 
 
 def _vae(source: Source, storage: Storage) -> Single:

@@ -13,13 +13,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import FrameType
 
-from entrypoint import dataset, pictures, publish, trainer
+from entrypoint import console, dataset, pictures, publish, trainer
 from entrypoint.check import Plan, check
 from entrypoint.checkpoint import Lora, verify_lora
 from entrypoint.console import fail, say, warn
 from entrypoint.contract import Tree
 from entrypoint.diagnosis import last_words
-from entrypoint.failures import BadLora, JobError, Problem, Stopped, StorageError, TrainerFailed, Unfit
+from entrypoint.failures import (
+    BadLora,
+    JobError,
+    Problem,
+    Stopped,
+    StorageError,
+    TrainerFailed,
+    Unfit,
+    collecting,
+)
 from entrypoint.files import File, Single
 from entrypoint.record import Inputs, Job, Prepared
 from entrypoint.request import Source, resolve
@@ -29,6 +38,7 @@ from kohya import config, networks, states, tokenizers
 
 def run(arguments: Sequence[str]) -> int:
     """Run a job to its end and return the exit code: 0 only if a verified LoRA exists."""
+    console.speak_any_language()
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     storage = Storage()
@@ -97,9 +107,17 @@ def fetch(plan: Plan, storage: Storage) -> Inputs:
 
 def look(inputs: Inputs) -> None:
     """Open every picture and caption that was fetched. Raises Unfit with all that cannot be used."""
-    plan = inputs.plan
-    names = {name: _named(file) for name, file in plan.dataset_files.items()}
-    pictures.check(plan.dataset, inputs.dataset, names, plan.merged.values)
+    plan, problems = inputs.plan, list[Problem]()
+    for found, files, on_disk in (
+        (plan.dataset, plan.dataset_files, inputs.dataset),
+        (plan.reg, plan.reg_files, inputs.reg),
+    ):
+        with collecting(problems):
+            if found is not None:
+                names = {name: _named(file) for name, file in files.items()}
+                pictures.check(found, on_disk, names, plan.merged.values)
+    if problems:
+        raise Unfit(problems)
 
 
 def prepare(inputs: Inputs, tree: Tree, work: Path) -> Prepared:

@@ -62,7 +62,7 @@ def _picture(path: Path, values: Mapping[str, Any]) -> tuple[str, str] | None:
             elif picture.format != "WEBP":  # Pillow opens no WebP that is cut off, and unpacking one is slow
                 picture.draft("RGB", (1, 1))  # a JPEG is read whole, and unpacked at an eighth of its size
                 picture.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file brings forth errors of every kind
         return f"the picture cannot be read ({_short(error)})", "Save it again, or take it out"
     return next(_size(*size, values), None)
 

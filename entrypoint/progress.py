@@ -90,6 +90,11 @@ class Progress:
         self._last_line = text
         self._print(text)
 
+    def redrawn(self, text: str) -> None:
+        """Take note of a progress bar's line that is drawn over."""
+        self._hear()
+        self._last_line = text or self._last_line
+
     def _hear(self) -> None:
         self._heard, self._patience = self._clock(), SILENCE_SECONDS
 

@@ -69,7 +69,7 @@ def record(job: Job, exit_code: int, cause: str, storage: Storage) -> None:
     """job.json, the last of all, beside the LoRA."""
     file = job.work / "job.json"
     told = json.dumps(job.as_json(exit_code, cause), indent=2, ensure_ascii=False)
-    file.write_text(redact(told) + "\n", encoding="utf-8")
+    file.write_text(redact(told) + "\n", encoding="utf-8", errors="backslashreplace")
     place({file.name: file}, job.tree.model)
     if job.request is not None and job.request.output is not None and not job.request.flat:
         send({file.name: file}, job.request.output, storage)

@@ -1,13 +1,14 @@
 """The trainer as a child process: started, listened to, stopped. Its exit code is not believed."""
 
 import ctypes
+import io
 import os
 import signal
 import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,6 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> En
     progress = Progress()
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     _adopt_orphans()
-    before = _descendants()
     child = subprocess.Popen(
         command,
         env={**os.environ, **environment, metrics.VARIABLE: str(pipe), "PYTHONUNBUFFERED": "1"},
@@ -78,7 +78,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> En
     finally:
         child.kill()
         child.wait()
-        _kill(lambda: _descendants() - before)
+        _kill_what_is_left(pipe)
         os.close(write_end)
         for listener in listeners:
             listener.join(timeout=10)
@@ -103,18 +103,24 @@ def _adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def _descendants() -> set[psutil.Process]:
-    return set(psutil.Process().children(recursive=True))
+def _kill_what_is_left(pipe: Path) -> None:
+    """Kill all that came of the trainer: it has the pipe's name in its environment, in whatever session.
 
-
-def _kill(left: Callable[[], set[psutil.Process]]) -> None:
-    """Kill what is `left` of the trainer: the processes of a launcher have sessions of their own."""
+    A launcher's processes have sessions of their own, and those of other programs are not to be touched.
+    """
     for _ in range(3):  # the children of one that is killed become this process's, and are reaped in turn
-        processes = left()
-        for process in processes:
+        left = [one for one in psutil.Process().children(recursive=True) if _pipe_of(one) == str(pipe)]
+        for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(processes, timeout=5)
+        psutil.wait_procs(left, timeout=5)
+
+
+def _pipe_of(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(metrics.VARIABLE)
+    except psutil.Error:
+        return None
 
 
 def _take_records(child: "subprocess.Popen[bytes]", read_end: int, progress: Progress) -> None:
@@ -126,13 +132,17 @@ def _take_records(child: "subprocess.Popen[bytes]", read_end: int, progress: Pro
 
 
 def _take_lines(child: "subprocess.Popen[bytes]", log: Path, progress: Progress, tail: deque[str]) -> None:
+    """Every line until the end: where nobody reads, the trainer waits for ever."""
     assert child.stdout is not None
-    with log.open("w", encoding="utf-8") as kept:
-        for raw in child.stdout:
-            # tqdm redraws its line with \r: only what would stay visible is kept
-            line = redact(raw.decode("utf-8", errors="replace").rstrip("\n").rsplit("\r", 1)[-1].rstrip())
-            if line:
+    with suppress(OSError), log.open("w", encoding="utf-8") as kept:
+        # tqdm redraws its line with \r: only what would stay visible is kept
+        for raw in io.TextIOWrapper(child.stdout, encoding="utf-8", errors="replace", newline=""):
+            line = redact(raw.strip())
+            if raw.endswith("\r"):
+                progress.redrawn(line)
+            elif line:
                 tail.append(line)
-                kept.write(line + "\n")
-                kept.flush()
+                with suppress(OSError):  # a full disk, which the trainer itself will tell of
+                    kept.write(line + "\n")
+                    kept.flush()
                 progress.write(line)

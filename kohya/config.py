@@ -58,10 +58,19 @@ _LENGTHS = ("max_train_steps", "max_train_epochs")
 
 # The largest value that makes sense; any other whole number must fit into 64 bits.
 MAXIMUM = {
-    "clip_skip": 12, "network_dim": 4096, "caption_dropout_rate": 1, "caption_tag_dropout_rate": 1,
+    "clip_skip": 12, "caption_dropout_rate": 1, "caption_tag_dropout_rate": 1,
     "network_dropout": 1, "validation_split": 0.99, "min_timestep": 999, "max_timestep": 1000,
 }  # fmt: skip
 _64_BITS = 2**63 - 1
+
+# Values by which people mean that an option is off, and that sd-scripts fails over or its parser lacks.
+_MEAN_UNSET = {
+    **dict.fromkeys(("save_every_n_epochs", "save_every_n_steps", "save_last_n_epochs", "save_last_n_steps",
+                     "validate_every_n_epochs", "validate_every_n_steps", "vae_batch_size"), ("0",)),
+    "dynamo_backend": ("no", "NO"),
+    "max_token_length": ("75",),  # strategy_sd.py: what it is when it is unset
+}  # fmt: skip
+_OF_A_GUI = frozenset({"epoch", "noise_offset_type"})  # kohya_ss writes them into its TOML files
 
 _FILE_NAMES = ("output_name", "log_prefix")
 _RESOLUTION = re.compile(r"\d+(,\d+)?")
@@ -250,6 +259,9 @@ def _check(kind: Kind, setting: Setting, notes: list[str]) -> Setting | None:
     name = ALIASES.get(setting.name, setting.name)
     if name != setting.name:
         notes.append(f"{setting.where}: {setting.name} is read as {name}")
+    if name in _OF_A_GUI:
+        notes.append(f"{setting.where}: {name} belongs to a user interface, and is left out")
+        return None
     option = options().get(name)
     if option is None:
         raise _Wrong(f"{name} is no option of sd-scripts, which would ignore it", nearest(name, options()))
@@ -257,8 +269,13 @@ def _check(kind: Kind, setting: Setting, notes: list[str]) -> Setting | None:
         raise _Wrong(f"{name} is an option of {option.kinds[0]} only, and this job is {kind}", "Remove it")
     if setting.value in ("", None, []):
         return None
+    if str(setting.value) in _MEAN_UNSET.get(name, ()):
+        notes.append(f"{setting.where}: {name} = {_show(setting.value)} is read as unset")
+        return None
     if name in UNREACHABLE:
         raise _Wrong(f"{name} names a file or folder, and there is no channel for it", "Remove it")
+    if name == "resolution":
+        setting = replace(setting, value=_pixels(setting.value))
     value = (
         _as_list(option, setting.value) if option.nargs == "*" else _READERS[option.type](name, setting.value)
     )
@@ -266,6 +283,12 @@ def _check(kind: Kind, setting: Setting, notes: list[str]) -> Setting | None:
     if isinstance(setting.value, str) and not (isinstance(value, str) or setting.as_text):
         notes.append(f"{setting.where}: {name} = {_show(setting.value)} is read as {_show(value)}")
     return Setting(name, value, setting.where)
+
+
+def _pixels(value: object) -> object:
+    """A resolution as sd-scripts writes it: "512,768" for a list and for one with spaces, too."""
+    parts = value if isinstance(value, list) else str(value).split(",")
+    return ",".join(str(part).strip() for part in parts)
 
 
 def _check_value(option: Option, value: object) -> None:

@@ -66,6 +66,7 @@ class Watch:
         self._loader: Any = None
         self._rest: Any = None  # the loader without what a resumed run has seen of its first epoch
         self._step = 0
+        self._trained = False  # whether any batch was, since a state was loaded
         self._order = DataOrder()
         self._done = Done(0)
 
@@ -119,11 +120,15 @@ class Watch:
         """`batches` of `loader`. Between two that are trained on an optimizer step may have ended."""
         if loader is self._loader:
             self._order.begin(loader)
+        trains = loader in (self._loader, self._rest)
         for batch in batches:
+            self._trained |= trains
             yield batch
-            if loader in (self._loader, self._rest) and self.accelerator.sync_gradients:
+            if trains and self.accelerator.sync_gradients:
                 self._step += 1
                 self._on_step()
+        if loader is self._rest:
+            self._rest = None  # and with it its workers, where they persist
 
     def on_save(self, models: list[Any], _weights: object, folder: str) -> None:
         """A state is being saved to `folder`, by this launcher or by sd-scripts."""
@@ -132,6 +137,13 @@ class Watch:
                 self._network = model
         if self.accelerator.is_main_process:
             self._order.save(Path(folder), self._loader)
+
+    def on_saved(self, folder: str) -> None:
+        """A state is saved. sd-scripts counts one step more than there are where it has made none."""
+        file = Path(folder, "train_state.json")
+        if self.resumed and not self._trained and self.accelerator.is_main_process:
+            told = json.loads(file.read_text(encoding="utf-8"))
+            file.write_text(json.dumps({**told, "current_step": int(self._done)}), encoding="utf-8")
 
     def on_load(self, hook: Any, folder: str) -> None:
         """A state was loaded, and sd-scripts' `hook` has read its number of steps."""
@@ -238,6 +250,7 @@ def hook(watch: Watch) -> None:
     from accelerate.tracking import TensorBoardTracker  # noqa: PLC0415
 
     made, printed, prepared = Accelerator.__init__, Accelerator.print, Accelerator.prepare
+    saved = Accelerator.save_state
     skipped, registered = Accelerator.skip_first_batches, Accelerator.register_load_state_pre_hook
     logged, iterated = TensorBoardTracker.log, DataLoaderShard.__iter__
 
@@ -253,6 +266,11 @@ def hook(watch: Watch) -> None:
     def prepare(self: Any, *arguments: Any, **named: Any) -> Any:
         result = prepared(self, *arguments, **named)
         watch.on_prepare(result)
+        return result
+
+    def save(self: Any, output_dir: str, *arguments: Any, **named: Any) -> Any:
+        result = saved(self, output_dir, *arguments, **named)
+        watch.on_saved(output_dir)
         return result
 
     def register(self: Any, hook: Any) -> Any:
@@ -277,6 +295,7 @@ def hook(watch: Watch) -> None:
 
     Accelerator.__init__, Accelerator.print, Accelerator.prepare = make, tell, prepare
     Accelerator.skip_first_batches, Accelerator.register_load_state_pre_hook = skip, register
+    Accelerator.save_state = save
     DataLoaderShard.__iter__ = iterate
     TensorBoardTracker.log = log
     TensorBoardTracker.store_init_configuration = lambda *_: None

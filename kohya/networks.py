@@ -27,6 +27,7 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     LYCORIS: (*_CONV, "algo", "preset", "dropout", "block_size", "constraint", "constrain", "decompose_both",
               "factor", *_FLAGS, *_RATIOS),  # lycoris/kohya.py:46-99
 }  # fmt: skip
+_LARGEST_RANK = 4096
 _WHOLE = ("conv_dim", "unit", "block_size", "factor")
 _SHAPES = ("cosine", "sine", "linear", "reverse_linear", "zeros")  # of block weights (lora.py:606-624)
 _COUNTS = {
@@ -98,6 +99,9 @@ def problems(kind: Kind, values: Mapping[str, Any]) -> Iterator[tuple[str, str, 
         fix = "Write network_module = networks.lora"
         yield "network_module", f"{told} {', '.join(ARGUMENTS)}", fix
         return
+    if module != LYCORIS and int(values.get("network_dim", 4)) > _LARGEST_RANK:
+        wrong = f"network_dim is above {_LARGEST_RANK}, more than any layer has"
+        yield "network_dim", wrong, "Write network_dim = 32"
     if module == "networks.dylora" and kind == "sdxl" and not values.get("network_train_unet_only"):
         # dylora.py:326: both text encoders are lora_te there, and the second overwrites the first
         wrong = "networks.dylora gives both text encoders of SDXL the same key names, and loses one of them"

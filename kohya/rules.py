@@ -28,9 +28,11 @@ OPTIMIZERS: Mapping[str, str | None] = {
 TORCH_OPTIMIZERS = (
     "ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
 )  # fmt: skip
-SCHEDULERS = (  # train_util.py:5305-5393, without reduce_lr_on_plateau, whose step wants a loss
+# train_util.py:5305-5393, without reduce_lr_on_plateau, whose step wants a loss, and piecewise_constant,
+# whose rules no option gives
+SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
-    "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay", "piecewise_constant",
+    "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay",
 )  # fmt: skip
 _MODULES = {  # what pip calls the package of a module, where that differs
     "lycoris": "lycoris-lora", "prodigyplus": "prodigy-plus-schedule-free",
@@ -249,6 +251,8 @@ _NEEDS = (  # an option that is on; another; the value that it must have (None: 
 _EXCLUDES = (
     ("v_pred_like_loss", "v_parameterization"),  # train_util.py:4451
     ("full_fp16", "full_bf16"),
+    ("initial_epoch", "resume"),  # the state says where its run was
+    ("initial_step", "resume"),
 )
 _NEVER = {  # options that no LoRA job here can be run with, and why
     "v2": "it is for Stable Diffusion 2, and the base model is none",

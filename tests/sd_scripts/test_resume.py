@@ -1,5 +1,6 @@
 """Going on from a state with the real sd-scripts: as if the run had never been broken off."""
 
+import json
 import math
 import os
 import subprocess
@@ -102,8 +103,13 @@ def test_a_run_goes_on_where_it_was(
         max_train_epochs=3,
         gradient_accumulation_steps=accumulation,
         resume=str(before.output / f"shape-step{at:08d}-state"),
+        save_state=True,
     )
     assert run.code == 0, run.out
+    for number in (1, 2):
+        if (file := run.output / f"shape-{number:06d}-state" / "train_state.json").exists():
+            per_epoch = math.ceil(BATCHES / accumulation)
+            assert json.loads(file.read_text())["current_step"] == number * per_epoch
     epoch, steps = divmod(at - 1, math.ceil(BATCHES / accumulation))
     made = BATCHES * epoch + min(BATCHES, accumulation * (steps + 1))
     assert run.losses == before.losses[made:]

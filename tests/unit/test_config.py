@@ -271,3 +271,32 @@ def test_options_file_holds_facts_only() -> None:
         "choices",
         "kinds",
     }
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("max_token_length = 75", "max_token_length"),
+        ("save_every_n_epochs = 0", "save_every_n_epochs"),
+        ("vae_batch_size = 0", "vae_batch_size"),
+        ("dynamo_backend = 'no'", "dynamo_backend"),
+    ],
+)
+def test_a_value_that_means_off_unsets_the_presets(line: str, name: str) -> None:
+    settings, _ = config.read(line, "job.toml")
+    merged = config.merge("sd15", [config.preset("sd15"), settings])
+    assert merged.problems == ()
+    assert name not in merged.values
+    assert any(f"{name} = " in note and "is read as unset" in note for note in merged.notes)
+
+
+def test_a_user_interfaces_own_keys_are_left_out() -> None:
+    settings, _ = config.read("epoch = 10\nnoise_offset_type = 'Original'", "job.toml")
+    merged = config.merge("sd15", [settings])
+    assert (merged.problems, len(merged.notes)) == ((), 2)
+
+
+@pytest.mark.parametrize("value", ["'512, 768'", "[512, 768]", "'512,768'"])
+def test_a_resolution_may_be_a_list_or_have_spaces(value: str) -> None:
+    settings, _ = config.read(f"resolution = {value}", "job.toml")
+    assert config.merge("sd15", [settings]).values["resolution"] == "512,768"

@@ -174,3 +174,10 @@ def test_the_tree_links_to_the_files_and_leaves_them_alone(tmp_path: Path) -> No
     }
     (root / "10_My_cats" / "a.npz").write_text("cache")
     assert sorted(path.name for path in source.iterdir()) == ["A.TXT", "a.JPG", "b.png", "b.txt"]
+
+
+def test_pictures_of_a_kind_that_is_not_read_are_told() -> None:
+    sizes = {"10_cat/a.png": 9, "10_cat/a.txt": 9, "10_cat/b.heic": 9, "10_cat/c.GIF": 9}
+    _, problems = inspect(sizes, "data")
+    assert len(problems) == 1
+    assert "would leave out 2 pictures (b.heic, c.GIF)" in str(problems[0])

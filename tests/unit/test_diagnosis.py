@@ -28,6 +28,12 @@ def test_known_ends_are_told_with_the_way_out(line: str, said: str) -> None:
     assert said in told
 
 
+def test_what_a_library_says_on_its_way_is_no_cause() -> None:
+    line = "Failed to load CPU gemm_4bit_forward from kernels-community: No module named 'kernels'."
+    assert diagnose(1, [line, "ValueError: strange"]) is None
+    assert "ran out of memory" in str(diagnose(-9, [line]))
+
+
 def test_sigkill_without_a_word_is_most_likely_memory() -> None:
     assert "ran out of memory" in str(diagnose(-9, ["step 4"]))
     assert "The disk is full" in str(diagnose(-9, ["No space left on device"]))

@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from entrypoint import trainer
@@ -67,12 +68,35 @@ def test_workers_that_the_trainer_leaves_behind_are_ended(own_session: bool, tmp
     assert gone(int(ended.tail[0]))
 
 
-def test_what_was_there_before_the_trainer_is_left_alone(tmp_path: Path) -> None:
-    before = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    run("pass", tmp_path)
-    assert before.poll() is None
-    before.kill()
-    before.wait()
+def test_other_programs_and_what_they_start_meanwhile_are_left_alone(tmp_path: Path) -> None:
+    other = subprocess.Popen(["sh", "-c", "sleep 0.5; sleep 600; true"])
+    run("import time; time.sleep(1)", tmp_path)
+    left = psutil.Process(other.pid).children()
+    assert [process.cmdline() for process in left] == [["sleep", "600"]]
+    for process in (*left, other):
+        process.kill()
+    other.wait()
+
+
+def test_a_log_that_cannot_be_written_does_not_stop_the_listening(tmp_path: Path) -> None:
+    (tmp_path / "log").symlink_to("/dev/full")
+    ended = run(
+        "print('x' * 80 + '\\n', end='') or [print('y' * 80) for _ in range(5000)]; print('last')", tmp_path
+    )
+    assert (ended.code, ended.tail[-1]) == (0, "last")
+
+
+def test_a_bar_that_is_drawn_over_counts_as_life(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ended = run("print('a 1%', end='\\r'); print('a 2%', end='\\r'); print('a 3%')", tmp_path)
+    assert ended.tail == ("a 3%",)
+    assert "a 1%" not in capsys.readouterr().out
+
+
+def test_a_line_that_the_output_cannot_spell_is_printed_all_the_same() -> None:
+    code = "from entrypoint import console as c; c.speak_any_language(); c.say('学習')"
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    assert told.stdout == b"\\u5b66\\u7fd2\n"
 
 
 def test_a_stop_lets_the_trainer_save_and_reaches_its_workers(tmp_path: Path) -> None:
