@@ -266,7 +266,7 @@ def test_a_path_on_another_machine_is_told_how_to_be_named(asked: Asked, path: s
 def test_prompts_and_when_to_draw_them_want_each_other(asked: Asked) -> None:
     (asked.channel("config") / "p.txt").write_text("a cat")
     _, merged, wrong = asked.find("sample_prompts = 'p.txt'")
-    assert wrong == []
+    assert wrong == ""
     assert any("nothing says when to draw" in note for note in merged.notes)
     assert "there are no sample_prompts" in asked.wrong("sample_every_n_steps = 10")
     assert asked.wrong("sample_every_n_steps = 0") == ""  # switched off (train_util.py:4462-4472)
