@@ -196,10 +196,7 @@ def _toml(request: JobRequest, storage: Storage) -> tuple[list[Setting], Locatio
             problems.append(Problem(asked[0].where, wrong, f"Write {_ESD_TAGGER} = false"))
     if problems:
         raise Unfit(problems)
-    parent = (
-        file.parent if isinstance(file, Path) else S3Uri(file.uri.bucket, file.uri.key.rpartition("/")[0])
-    )
-    return list(settings), parent
+    return list(settings), files.folder_of(file)
 
 
 def _configuration(request: JobRequest, source: Source, storage: Storage) -> tuple[File, str] | None:

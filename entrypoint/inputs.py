@@ -261,7 +261,7 @@ def _text_beside(
     if folder is None:
         wrong = f"{setting.name} names a file beside the configuration, and there is no channel config"
         raise Unfit([Problem(setting.where, wrong, f"{fix}; or type --config_uri=s3://BUCKET/config")])
-    if given.startswith(("/", "~")) or set(given) & set("\\:") or ".." in given.split("/"):
+    if not dataset_config.lies_below(given):
         wrong = f"{setting.name} = {given!r} is no file that lies beside the configuration"
         raise Unfit([Problem(setting.where, wrong, fix)])
     if not given.endswith(endings):

@@ -98,6 +98,11 @@ class Setting:
     where: str
     as_text: bool = False  # came from a place that knows strings only, such as a hyperparameter
 
+    @property
+    def of_preset(self) -> bool:
+        """Whether it is one of our own, which gives way to the user's."""
+        return self.where.startswith("configs/")
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -198,7 +203,7 @@ def merge(kind: Kind, layers: Iterable[Sequence[Setting]]) -> Merged:
             else:
                 settings[checked.name] = checked
     unet_only, rate = settings.get("network_train_unet_only"), settings.get("text_encoder_lr")
-    if unet_only and unet_only.value and rate and not rate.where.startswith("configs/"):
+    if unet_only and unet_only.value and rate and not rate.of_preset:
         notes.append(
             f"{rate.where}: text_encoder_lr has no effect: network_train_unet_only ({unet_only.where})"
         )
@@ -385,9 +390,8 @@ _READERS: Mapping[str, Callable[[str, object], object]] = {
 def _example(name: str, otherwise: float) -> str:
     """What to write, after the preset's own value where it has one."""
     usual = {setting.name: setting.value for setting in preset("sd15")}
-    usual["unet_lr"] = usual[
-        "learning_rate"
-    ]  # which the presets leave out, so that a user's learning_rate counts
+    # which the presets leave out, so that a user's learning_rate counts
+    usual["unet_lr"] = usual["learning_rate"]
     return f"Write for example {name} = {_show(usual.get(name, otherwise))}"
 
 

@@ -60,10 +60,8 @@ _DATASET: _Types = {
 }
 _OWN: _Types = {**_SUBSET, "image_dir": _TEXT, "is_reg": _TRUTH, "alpha_mask": _TRUTH}
 _PATHS = ("metadata_file", "conditioning_data_dir")
-_AT_LEAST_1 = (
-    "num_repeats",
-    "batch_size",
-)  # sd-scripts leaves out what is repeated 0 times, without an error
+# sd-scripts leaves out what is repeated 0 times, without an error
+_AT_LEAST_1 = ("num_repeats", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def read(text: str, where: str, options: Mapping[str, Any]) -> tuple[DatasetConf
         for place, subset in enumerate(dataset["subsets"], 1):
             at = f"{where}: [[datasets]] {number}, subset {place}"
             wrongs = _key_problems(subset, _OWN, at)
-            if not _names_a_folder(subset.get("image_dir")):
+            if not lies_below(subset.get("image_dir")):
                 wrong = f"image_dir = {subset.get('image_dir')!r} names no folder inside the data set"
                 fix = 'Write image_dir = "cat" for its folder cat, or image_dir = "." for its root'
                 wrongs.append(Problem(at, wrong, fix))
@@ -180,12 +178,12 @@ def _key_problems(table: Mapping[str, Any], known: _Types, where: str) -> list[P
     return problems
 
 
-def _names_a_folder(image_dir: object) -> bool:
-    """Whether it leads to a folder below the data set, and not to one of some other machine."""
+def lies_below(path: object) -> bool:
+    """Whether a path leads to something below a folder of the job's, and not to some other machine."""
     return (
-        isinstance(image_dir, str)
-        and bool(image_dir)
-        and not set(image_dir) & set("\\:")
-        and not image_dir.startswith(("/", "~"))
-        and ".." not in image_dir.split("/")
+        isinstance(path, str)
+        and bool(path)
+        and not set(path) & set("\\:")
+        and not path.startswith(("/", "~"))
+        and ".." not in path.split("/")
     )

@@ -30,10 +30,8 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
 _LARGEST_RANK = 4096
 _WHOLE = ("conv_dim", "unit", "block_size", "factor")
 _SHAPES = ("cosine", "sine", "linear", "reverse_linear", "zeros")  # of block weights (lora.py:606-624)
-_COUNTS = {
-    "sd15": (25, 12, 1),
-    "sdxl": (23, 9, 3),
-}  # blocks in all, down and up, in the middle (lora.py:863-866)
+# blocks in all, down and up, in the middle (lora.py:863-866)
+_COUNTS = {"sd15": (25, 12, 1), "sdxl": (23, 9, 3)}
 
 # What each preset of lycoris-lora trains of the modules that networks.lora trains; more is up to its version.
 # Its preset ia3 finds no module in either kind.
@@ -42,9 +40,8 @@ _PRESETS = {
     "unet-only": "^lora_unet_", "unet-transformer-only": "^lora_unet_", "unet-convblock-only": "^$",
 }  # fmt: skip
 _LORA = ({"alpha", "lora_down.weight", "lora_up.weight"}, {"lora_mid.weight", "dora_scale"})
-_FORMS: Mapping[
-    str, tuple[tuple[set[str], set[str]], ...]
-] = {  # algo → the tensors of a module: needed, more
+_Forms = tuple[tuple[set[str], set[str]], ...]  # the tensors that a module consists of: needed, and more
+_FORMS: Mapping[str, _Forms] = {
     **dict.fromkeys(("lora", "locon", "dylora"), (_LORA,)),
     "loha": (
         (
@@ -69,7 +66,7 @@ class Expected:
 
     modules: Mapping[str, int | None]  # name → rank; None where the rank does not show in the shapes
     more: bool  # whether there may be modules besides
-    forms: tuple[tuple[set[str], set[str]], ...]  # the tensors that one module consists of: needed, and more
+    forms: _Forms
     parts: frozenset[str]  # what was trained: lora_unet, lora_te, lora_te1, lora_te2
 
 

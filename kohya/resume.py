@@ -85,9 +85,8 @@ class DataOrder:
         """
         yield None
         python = random.getstate()
-        loader.dataset.set_current_epoch(
-            epoch
-        )  # its buckets are shuffled once an epoch, with a seed of its own
+        # its buckets are shuffled once an epoch, with a seed of their own
+        loader.dataset.set_current_epoch(epoch)
         random.setstate(python)
         generators = _generators(loader)
         after = {name: generator.get_state() for name, generator in generators.items()}

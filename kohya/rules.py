@@ -13,8 +13,6 @@ from kohya import networks
 from kohya.config import Kind, Merged, change
 from kohya.problem import Problem
 
-_PRESET = "configs/"  # how the origin of a preset's value begins
-
 # Names that sd-scripts knows, in any case of letters (train_util.py:4881-5121), and the module each needs.
 OPTIMIZERS: Mapping[str, str | None] = {
     "adamw": None, "adafactor": None, "sgdnesterov": None, "lion": "lion_pytorch", "prodigy": "prodigyopt",
@@ -303,4 +301,4 @@ def _nothing_trained(values: Mapping[str, Any]) -> Iterator[Conflict]:
 
 def _usual(merged: Merged) -> set[str]:
     """The options whose values are a preset's."""
-    return {name for name, setting in merged.settings.items() if setting.where.startswith(_PRESET)}
+    return {name for name, setting in merged.settings.items() if setting.of_preset}

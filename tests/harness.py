@@ -22,6 +22,8 @@ METRIC = re.compile(
     r"( images_per_s=\d+\.\d\d eta_s=\d+)?"
 )
 
+NARROW = Path(__file__).parents[1] / "demo" / "narrow"  # on PYTHONPATH: sd-scripts loads narrow models
+
 # What makes a job on a narrow model take seconds. All values are strings, as SageMaker sends them.
 TINY: Mapping[str, str] = {
     "trainer": "builtin",

@@ -21,8 +21,7 @@ from entrypoint.check import find_gpu
 from kohya import sd_scripts
 from kohya.config import KINDS, Kind
 from tests.contract.test_job import assert_lora
-from tests.harness import TINY, Job, Result, write_dataset
-from tests.sd_scripts.test_job import NARROW
+from tests.harness import NARROW, TINY, Job, Result, write_dataset
 
 GPU = find_gpu()
 BELOW_BF16 = GPU is not None and GPU.capability < 8
@@ -65,23 +64,22 @@ def test_precisions(ready: Job, kind: Kind, precision: str, base_models: dict[Ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_xformers(ready: Job, kind: Kind, base_models: dict[Kind, Path]) -> None:
-    if sd_scripts.find().lacks(["xformers"]):
-        pytest.skip("xformers is not installed where sd-scripts runs")
+@pytest.mark.parametrize(
+    ("module", "flag", "said"),
+    [
+        ("xformers", "--xformers", "Enable xformers for U-Net"),
+        ("bitsandbytes", "--optimizer_type=AdamW8bit", "use 8-bit AdamW optimizer"),
+    ],
+)
+def test_what_runs_on_a_gpu_alone_or_best(
+    ready: Job, kind: Kind, module: str, flag: str, said: str, base_models: dict[Kind, Path]
+) -> None:
+    if sd_scripts.find().lacks([module]):
+        pytest.skip(f"{module} is not installed where sd-scripts runs")
     ready.mount("model", base_models[kind])
-    result = ready.run("--xformers")
+    result = ready.run(flag)
     assert_trained_on_the_gpu(result, ready, kind)
-    assert "Enable xformers for U-Net" in result.out
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_adamw_8bit(ready: Job, kind: Kind, base_models: dict[Kind, Path]) -> None:
-    if sd_scripts.find().lacks(["bitsandbytes"]):
-        pytest.skip("bitsandbytes is not installed where sd-scripts runs")
-    ready.mount("model", base_models[kind])
-    result = ready.run("--optimizer_type=AdamW8bit")
-    assert_trained_on_the_gpu(result, ready, kind)
-    assert "use 8-bit AdamW optimizer" in result.out
+    assert said in result.out
 
 
 @pytest.mark.parametrize("kind", KINDS)

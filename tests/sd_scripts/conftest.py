@@ -4,9 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import TINY, Job
-
-NARROW = Path(__file__).parents[2] / "demo" / "narrow"
+from tests.harness import NARROW, TINY, Job
 
 
 @pytest.fixture

@@ -16,9 +16,8 @@ from entrypoint.storage import S3Uri
 from kohya import dataset_config, sd_scripts
 from kohya.config import Kind
 from tests.contract.test_job import put
-from tests.harness import TINY, Job
+from tests.harness import NARROW, TINY, Job
 from tests.s3 import S3Server
-from tests.sd_scripts.test_job import NARROW
 
 CONFIG_UTIL = """
 import json, sys

@@ -12,9 +12,7 @@ from entrypoint.check import find_gpu
 from kohya import config, sd_scripts
 from kohya.config import KINDS, Kind
 from tests.contract.test_job import assert_completed, assert_lora
-from tests.harness import TINY, Job
-
-NARROW = Path(__file__).parents[2] / "demo" / "narrow"
+from tests.harness import NARROW, TINY, Job
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kohya import config, sd_scripts, tokenizers
 from kohya.config import Kind, Setting
-from tests.harness import TINY
-from tests.sd_scripts.test_job import NARROW
+from tests.harness import NARROW, TINY
 
 BATCHES = 4  # of an epoch
 

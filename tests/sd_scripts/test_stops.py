@@ -13,8 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from entrypoint.checkpoint import verify_lora
 from kohya.config import Kind
 from kohya.networks import expected
-from tests.harness import TINY, Job, Result
-from tests.sd_scripts.test_job import NARROW
+from tests.harness import NARROW, TINY, Job, Result
 
 PROCESSES = Path(__file__).parent / "processes"
 STEPS = 24
