@@ -11,9 +11,8 @@ import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from types import FrameType
 
-from entrypoint import console, dataset, pictures, publish, trainer
+from entrypoint import console, dataset, pictures, publish, stops, trainer
 from entrypoint.check import Plan, check
 from entrypoint.checkpoint import Lora, verify_lora
 from entrypoint.console import fail, say, warn
@@ -39,8 +38,7 @@ from kohya import config, networks, states, tokenizers
 def run(arguments: Sequence[str]) -> int:
     """Run a job to its end and return the exit code: 0 only if a verified LoRA exists."""
     console.speak_any_language()
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
+    stops.raise_them()
     storage = Storage()
     error: BaseException | None = None
     with tempfile.TemporaryDirectory(prefix="kohya-job-") as work:
@@ -62,7 +60,7 @@ def run(arguments: Sequence[str]) -> int:
                 job.loras = verify(job.prepared, ended)
         except (Exception, Stopped) as caught:  # a defect of ours must leave a failure file too
             error = caught
-        _ignore_stops()  # there is nothing left to stop, and publishing must not be cut short
+        stops.ignore_them()  # there is nothing left to stop, and publishing must not be cut short
         return finish(job, error, storage)
 
 
@@ -309,14 +307,3 @@ def _folder_of(origin: File | object) -> str:
     """A folder's name for what comes from one place: always the same, so that it is found there again."""
     name = _named(origin) if isinstance(origin, RemoteObject) else str(origin)
     return hashlib.sha256(name.encode()).hexdigest()[:16]
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    """On SIGTERM and Ctrl-C: stop once; more of them change nothing."""
-    _ignore_stops()
-    raise Stopped(f"The job was stopped ({signal.Signals(number).name}).")
-
-
-def _ignore_stops() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import psutil
 
+from entrypoint import stops
 from entrypoint.console import redact, say
 from entrypoint.diagnosis import diagnose
-from entrypoint.failures import Stopped
 from entrypoint.progress import Progress
 from kohya import metrics
 
@@ -38,8 +38,8 @@ class Ended:
 def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Ended:
     """Run `command` to its end; print its lines and its steps, and keep its lines in `log`.
 
-    When Stopped is raised here (SIGTERM), the trainer gets SIGTERM and STOP_SECONDS to save a state. Its
-    loader workers do not: without them it could not end its step. At the end every process that came of it
+    On a stop the trainer gets SIGTERM and STOP_SECONDS to save a state, and then Stopped is raised. Its
+    loader workers get none: without them it could not end its step. At the end every process that came of it
     is killed, in whatever session it is.
     """
     pipe = log.with_name("metrics")
@@ -50,51 +50,50 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> En
     progress = Progress()
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     _adopt_orphans()
-    child = subprocess.Popen(
-        command,
-        env={**os.environ, **environment, metrics.VARIABLE: str(pipe), "PYTHONUNBUFFERED": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    listeners = (
-        threading.Thread(target=_take_records, args=(child, read_end, progress), daemon=True),
-        threading.Thread(target=_take_lines, args=(child, log, progress, tail), daemon=True),
-    )
-    for listener in listeners:
-        listener.start()
-    try:
-        _wait(child, progress)
-    except Stopped:
-        say(f"train: asked the trainer to stop; it has {STOP_SECONDS} s to save a state")
-        with suppress(ProcessLookupError):
-            os.kill(progress.pid or child.pid, signal.SIGTERM)
+    with stops.held_back() as stop:
+        child = subprocess.Popen(
+            command,
+            env={**os.environ, **environment, metrics.VARIABLE: str(pipe), "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        listeners = (
+            threading.Thread(target=_take_records, args=(child, read_end, progress), daemon=True),
+            threading.Thread(target=_take_lines, args=(child, log, progress, tail), daemon=True),
+        )
         try:
-            child.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            say("train: the trainer did not stop and is killed")
-        raise
-    finally:
-        child.kill()
-        child.wait()
-        _kill_what_is_left(pipe)
-        os.close(write_end)
-        for listener in listeners:
-            listener.join(timeout=10)
-        progress.close()
+            for listener in listeners:
+                listener.start()
+            _wait(child, progress, stop)
+        finally:
+            child.kill()
+            child.wait()
+            _kill_what_is_left(pipe)
+            os.close(write_end)
+            for listener in listeners:
+                listener.join(timeout=10)
+            progress.close()
     cause = progress.alarm or (diagnose(child.returncode, tail) if child.returncode else None)
     return Ended(child.returncode, tuple(tail), cause)
 
 
-def _wait(child: "subprocess.Popen[bytes]", progress: Progress) -> None:
-    """Wait for the end, and say now and then that nothing else is heard."""
-    while True:
+def _wait(child: "subprocess.Popen[bytes]", progress: Progress, stop: threading.Event) -> None:
+    """Wait for the end, and say now and then that nothing else is heard; on a stop pass it on."""
+    while not stop.is_set():
         try:
-            child.wait(1)
+            child.wait(0.5)
             return
         except subprocess.TimeoutExpired:
             progress.listen()
+    say(f"train: asked the trainer to stop; it has {STOP_SECONDS} s to save a state")
+    with suppress(ProcessLookupError):
+        os.kill(progress.pid or child.pid, signal.SIGTERM)
+    try:
+        child.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        say("train: the trainer did not stop and is killed")
 
 
 def _adopt_orphans() -> None:

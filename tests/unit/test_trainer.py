@@ -4,12 +4,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from entrypoint import trainer
+from entrypoint import stops, trainer
 from entrypoint.failures import Stopped
 
 
@@ -111,22 +114,45 @@ open({str(tmp_path / "ready")!r}, "w")
 time.sleep(600)
 """
 
-    def on_alarm(*_: object) -> None:
-        raise Stopped("stopped")
-
-    def alarm_when_ready() -> None:
+    def stop_when_ready() -> None:
         while not (tmp_path / "ready").exists():
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.signal(signal.SIGUSR1, on_alarm)
-    try:
-        threading.Thread(target=alarm_when_ready).start()
-        with pytest.raises(Stopped):
-            run(code, tmp_path)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    threading.Thread(target=stop_when_ready).start()
+    with stopping(), pytest.raises(Stopped):
+        run(code, tmp_path)
     assert gone(int((tmp_path / "saved").read_text()))
+
+
+def test_a_stop_while_the_trainer_is_being_started_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    class Slow(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self.pid)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Slow)
+    with stopping(), pytest.raises(Stopped):
+        trainer.run(["sleep", "600"], {}, tmp_path / "log")
+    monkeypatch.undo()
+    assert gone(started[0])
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """SIGTERM raises Stopped, as in a job."""
+    before = {number: signal.getsignal(number) for number in stops.SIGNALS}
+    stops.raise_them()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def gone(pid: int) -> bool:
