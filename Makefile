@@ -9,16 +9,29 @@ DATASET ?=
 OUT ?=
 FOLDER ?=
 
-# The vocabulary of CLIP's tokenizers is taken from this wheel; the package itself is never imported.
-VOCABULARY := open_clip_torch==3.3.0
-SD_SCRIPTS := .sd-scripts
+IMAGE ?= sagemaker-kohya
+CUDA ?= 13
+TAG ?= $(VERSION)-cuda$(CUDA)
+CUDA_COMPAT ?= none
+BASE_IMAGE ?= debian:bookworm-slim
+SD_SCRIPTS ?= pinned
+SD_SCRIPTS_DIR ?= $(wildcard .sd-scripts/checkout)
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+WHEELS ?=
+BUILD_FLAGS ?=
+PIP_CONF ?= $(wildcard /etc/pip.conf)
+CERTIFICATES ?= $(wildcard /etc/ssl/certs/ca-certificates.crt)
+
+VERSION = $(shell awk -F '"' '/^__version__/ {print $$2}' entrypoint/__init__.py)
+REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude '*')
 LYCORIS := lycoris-lora==4.1.3
 SD_SCRIPTS_TAG = $(shell awk -F '"' '/^TAG = / {print $$2}' kohya/sd_scripts.py)
 SD_SCRIPTS_COMMIT = $(shell awk -F '"' '/^COMMIT = / {print $$2}' kohya/sd_scripts.py)
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo full-size sd-scripts options test test-sd-scripts test-gpu lint format clean
+.PHONY: help env demo image image-cpu size lock full-size sd-scripts options test test-image test-sd-scripts test-gpu lint format clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,10 +39,10 @@ help: ## List these targets
 
 env: $(READY) ## Make the Python environment in .venv
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml docker/vocabulary.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --editable '.[train,demo,test]'
-	$(VENV)/bin/pip install --quiet --no-deps $(VOCABULARY)
+	$(VENV)/bin/pip install --quiet --no-deps --require-hashes --requirement docker/vocabulary.txt
 	$(VENV)/bin/python -m kohya.tokenizers
 	@touch $@
 
@@ -37,17 +50,45 @@ demo: $(READY) ## Run the main job on this machine: S3 in, LoRA out [KIND TRAINE
 	$(VENV)/bin/python -m demo --kind $(KIND) --trainer $(TRAINER) $(if $(OUT),--out "$(OUT)") \
 		$(if $(MODEL),--model "$(MODEL)") $(if $(DATASET),--dataset "$(DATASET)")
 
+# Contexts and secrets are passed where there are any: docker/Dockerfile says what each is for.
+build = docker image inspect $(BASE_IMAGE) >/dev/null 2>&1 || docker pull $(BASE_IMAGE); \
+	DOCKER_BUILDKIT=1 docker build --file docker/Dockerfile $(BUILD_FLAGS) \
+	--build-arg BASE_IMAGE=$(BASE_IMAGE) --build-arg SD_SCRIPTS_COMMIT=$(SD_SCRIPTS_COMMIT) \
+	--build-arg BASE_DIGEST=$$(docker image inspect \
+		--format '{{with .RepoDigests}}{{index . 0}}{{else}}{{.Id}}{{end}}' $(BASE_IMAGE) | sed 's/.*@//') \
+	--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) \
+	$(if $(WHEELS),--build-context wheels=$(WHEELS)) \
+	$(if $(PIP_CONF),--secret id=pipconf$(comma)src=$(PIP_CONF)) \
+	$(if $(CERTIFICATES),--secret id=ca$(comma)src=$(CERTIFICATES))
+comma := ,
+
+image: ## Build the image [CUDA=12 CUDA_COMPAT=nvidia SD_SCRIPTS_DIR SD_SCRIPTS=none WHEELS BASE_IMAGE BUILD_FLAGS]
+	$(build) --build-arg VARIANT=cuda$(CUDA) --build-arg CUDA_COMPAT=$(CUDA_COMPAT) \
+		--build-arg SD_SCRIPTS=$(SD_SCRIPTS) \
+		$(if $(SD_SCRIPTS_DIR),--build-context sd-scripts=$(SD_SCRIPTS_DIR)) \
+		--tag $(IMAGE):$(TAG) .
+
+image-cpu: ## Build the small image that trains with the built-in trainer on a CPU [TORCH TORCH_INDEX WHEELS]
+	$(build) --build-arg VARIANT=cpu --build-arg SD_SCRIPTS=none --build-arg TORCH=$(TORCH) \
+		--build-arg TORCH_INDEX=$(TORCH_INDEX) --tag $(IMAGE):$(VERSION)-cpu .
+
+size: $(READY) ## Show what the image weighs, by layer and by package [CUDA TAG]
+	@docker save $(IMAGE):$(TAG) | $(VENV)/bin/python docker/size.py
+
+lock: $(READY) ## Renew the locks of the image's packages [UPGRADE=1]
+	docker/lock $(if $(UPGRADE),--upgrade)
+
 full-size: $(READY) ## Measure the job on a full-size model, beside sd-scripts typed by hand [KIND FOLDER]
 	$(VENV)/bin/python -m benchmarks.full_size --kind $(KIND) $(if $(FOLDER),--folder "$(FOLDER)")
 
-sd-scripts: $(SD_SCRIPTS)/.ready ## Get the pinned sd-scripts, with an environment of its own, into .sd-scripts
+sd-scripts: .sd-scripts/.ready ## Get the pinned sd-scripts, with an environment of its own, into .sd-scripts
 
-$(SD_SCRIPTS)/.ready: kohya/sd_scripts.py
-	rm -rf $(SD_SCRIPTS)
-	git clone --quiet --depth 1 --branch $(SD_SCRIPTS_TAG) https://github.com/kohya-ss/sd-scripts $(SD_SCRIPTS)/checkout
-	test "$$(git -C $(SD_SCRIPTS)/checkout rev-parse HEAD)" = $(SD_SCRIPTS_COMMIT)
-	$(PYTHON) -m venv $(SD_SCRIPTS)/venv
-	cd $(SD_SCRIPTS)/checkout && sed s/^opencv-python=/opencv-python-headless=/ requirements.txt \
+.sd-scripts/.ready: kohya/sd_scripts.py
+	rm -rf .sd-scripts
+	git clone --quiet --depth 1 --branch $(SD_SCRIPTS_TAG) https://github.com/kohya-ss/sd-scripts .sd-scripts/checkout
+	test "$$(git -C .sd-scripts/checkout rev-parse HEAD)" = $(SD_SCRIPTS_COMMIT)
+	$(PYTHON) -m venv .sd-scripts/venv
+	cd .sd-scripts/checkout && sed s/^opencv-python=/opencv-python-headless=/ requirements.txt \
 		| ../venv/bin/pip install --quiet torch torchvision $(LYCORIS) -r /dev/stdin
 	@touch $@
 
@@ -59,6 +100,9 @@ options: $(READY) ## Write kohya/options.json and tests/data from the pinned sd-
 test-sd-scripts: $(READY) ## Run the tests that need sd-scripts [SD_SCRIPTS_DIR SD_SCRIPTS_PYTHON]
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal tests/sd_scripts
 
+test-image: $(READY) ## Test the image with both trainers and both kinds [CUDA TAG GPU=1]
+	TEST_IMAGE=$(IMAGE):$(TAG) $(VENV)/bin/python -m pytest tests/image
+
 test-gpu: $(READY) ## Run the tests that need a GPU and sd-scripts, and time the presets [SD_SCRIPTS_DIR SD_SCRIPTS_PYTHON]
 	@nvidia-smi --query-gpu=name,memory.total --format=csv,noheader 2>/dev/null \
 		|| { echo "make test-gpu needs an NVIDIA GPU, and nvidia-smi finds none here"; exit 1; }
@@ -66,7 +110,7 @@ test-gpu: $(READY) ## Run the tests that need a GPU and sd-scripts, and time the
 
 test: $(READY) ## Run all tests [TEST_S3_ENDPOINT: an S3 server to use instead of moto's]
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal \
-		--ignore tests/sd_scripts --ignore tests/gpu
+		--ignore tests/sd_scripts --ignore tests/gpu --ignore tests/image
 
 lint: $(READY) ## Check style and types
 	$(VENV)/bin/ruff check .
@@ -78,4 +122,4 @@ format: $(READY) ## Put the code into the style that lint checks
 	$(VENV)/bin/ruff format .
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) $(SD_SCRIPTS) demo-out *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .sd-scripts demo-out *.egg-info .mypy_cache .pytest_cache .ruff_cache
