@@ -124,19 +124,15 @@ def test_channels_with_hyperparameters(
 @pytest.mark.parametrize(
     ("gpu", "said"),
     [
-        ("NVIDIA L40S, 8.9", "mixed_precision bf16 (configs/gpu/l40s.toml line "),
-        ("NVIDIA A10, 8.6", "mixed_precision bf16 (NVIDIA A10, compute capability 8.6)"),
+        ("NVIDIA L40S, 8.9, 580.65.06", "mixed_precision bf16 (configs/gpu/l40s.toml line "),
+        ("NVIDIA A10, 8.6, 580.65.06", "mixed_precision bf16 (NVIDIA A10, compute capability 8.6)"),
     ],
 )
 def test_the_gpus_preset_lies_under_the_hyperparameters(
     gpu: str, said: str, job: Job, base_models: dict[Kind, Path], pictures: Path
 ) -> None:
     """What nvidia-smi tells picks the preset, and the log says which; the job itself needs none."""
-    tool = job.scratch / "bin" / "nvidia-smi"
-    tool.parent.mkdir()
-    tool.write_text(f"#!/bin/sh\necho '{gpu}'\n")
-    tool.chmod(0o755)
-    job.environment["PATH"] = f"{tool.parent}:{job.environment['PATH']}"
+    job.pretend(gpu)
     job.mount("model", base_models["sd15"])
     job.mount("dataset", pictures)
     job.configure("hyperparameters", {**TINY, "max_train_epochs": "1", "gradient_checkpointing": "true"})

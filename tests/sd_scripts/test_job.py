@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from entrypoint.check import find_gpu
+from entrypoint.gpu import find_gpu
 from kohya import config, sd_scripts
 from kohya.config import KINDS, Kind
 from tests.contract.test_job import assert_completed, assert_lora
