@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import sys
 import tarfile
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from entrypoint.contract import Tree
 from entrypoint.dataset import DataSet
 from entrypoint.failures import Problem, Unfit, collecting
 from entrypoint.files import File, Single
-from entrypoint.gpu import Gpu, find_gpu
+from entrypoint.gpu import Compat, Gpu, compatibility, find_gpu
 from entrypoint.inputs import Extras
 from entrypoint.request import JobRequest, Location, Source, Trainer
 from entrypoint.storage import RemoteObject, S3Uri, Storage
@@ -57,13 +58,14 @@ class Plan:
     extras: Extras
     merged: Merged
     gpu: Gpu | None
+    compat: Compat | None  # None: the driver's own libraries serve
     sd_scripts: SdScripts | None  # None: the built-in trainer
 
 
 def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> Plan:
     """Look at everything that was named, without fetching it. Raises Unfit with every problem found."""
     problems = list(request.problems)
-    model, data_set, reg, scripts = None, None, None, None
+    model, data_set, reg, scripts, compat = None, None, None, None, None
     data_files: dict[str, File] = {}
     reg_files: dict[str, File] = {}
     toml: list[Setting] = []
@@ -82,6 +84,9 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
         problems += wrong
         scripts, merged, wrong = _trainer(request, kind, merged, gpu)
         problems += wrong
+    with collecting(problems):
+        if scripts is not None or request.trainer == "builtin":
+            compat = compatibility(gpu, scripts.python if scripts else sys.executable)
     with collecting(problems):
         data_set, data_files, wrong = inputs.pictures(request, request.dataset, merged, extras, storage)
         problems += wrong
@@ -103,7 +108,9 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
         problems += _disk(remote, tree, scratch)
     if problems or model is None or kind is None or data_set is None:
         raise Unfit(problems)
-    return Plan(request, kind, model, data_set, data_files, reg, reg_files, extras, merged, gpu, scripts)
+    return Plan(
+        request, kind, model, data_set, data_files, reg, reg_files, extras, merged, gpu, compat, scripts
+    )
 
 
 def _model(request: JobRequest, storage: Storage) -> tuple[ModelFile, Kind]:

@@ -186,6 +186,14 @@ def write_torch(folder: Path, cuda: str | None) -> None:
     )
 
 
+def write_compat(folder: Path, version: str) -> Path:
+    """NVIDIA's forward-compatibility libraries of a driver's version, by their names; returns `folder`."""
+    folder.mkdir()
+    (folder / f"libcuda.so.{version}").touch()
+    (folder / "libcuda.so.1").symlink_to(f"libcuda.so.{version}")
+    return folder
+
+
 def write_dataset(folder: Path, *, side: int = 96) -> Path:
     """Four pictures of coloured shapes with captions, in `2_shape` below `folder`; returns `folder`."""
     rng = np.random.default_rng(0)

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from entrypoint.storage import S3Uri
 from kohya.config import KINDS, Kind
-from tests.harness import METRIC, TINY, Job, Result
+from tests.harness import METRIC, TINY, Job, Result, write_compat
 from tests.s3 import S3Server
 
 DATA = Path(__file__).parents[1] / "data"
@@ -139,8 +139,25 @@ def test_the_gpus_preset_lies_under_the_hyperparameters(
     result = job.run()
     assert result.code == 0, result.out + result.err
     assert said in result.out
+    assert "forward-compatibility" not in result.out
     values = tomllib.loads((job.model / "shape.toml").read_text())
     assert (values["mixed_precision"], values["gradient_checkpointing"]) == ("bf16", True)
+
+
+def test_an_older_driver_is_met_with_nvidias_libraries(
+    job: Job, base_models: dict[Kind, Path], pictures: Path, tmp_path: Path
+) -> None:
+    compat = write_compat(tmp_path / "compat", "580.65.06")
+    job.pretend("NVIDIA A10G, 8.6, 550.90.07")
+    job.environment |= {"CUDA_COMPAT_DIR": str(compat), "LD_LIBRARY_PATH": "/other"}
+    job.mount("model", base_models["sd15"])
+    job.mount("dataset", pictures)
+    job.configure("hyperparameters", {**TINY, "max_train_epochs": "1"})
+    result = job.run()
+    assert result.code == 0, result.out + result.err
+    why = "the driver 550.90.07 is older than CUDA 13.0 needs (580)"
+    assert f"check: {why}; NVIDIA's forward-compatibility libraries are used" in result.out
+    assert f"torch finds libraries in {compat}:/other" in result.out
 
 
 @pytest.mark.parametrize("kind", KINDS)
