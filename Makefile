@@ -71,7 +71,7 @@ image: ## Build the image [CUDA=12 CUDA_COMPAT=nvidia SD_SCRIPTS_DIR SD_SCRIPTS=
 
 image-cpu: VARIANT = cpu
 image-cpu: ## Build the small image that trains with the built-in trainer on a CPU [TORCH TORCH_INDEX WHEELS]
-	$(build) --build-arg VARIANT=$(VARIANT) --build-arg SD_SCRIPTS=none --build-arg TORCH=$(TORCH) \
+	$(build) --build-arg VARIANT=$(VARIANT) --build-arg GPUS=void --build-arg SD_SCRIPTS=none --build-arg TORCH=$(TORCH) \
 		--build-arg TORCH_INDEX=$(TORCH_INDEX) --tag $(IMAGE):$(TAG) .
 
 size: $(READY) ## Show what the image weighs, by layer and by part [CUDA VARIANT TAG]
