@@ -21,6 +21,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 WHEELS ?=
 BUILD_FLAGS ?=
+REPOSITORY ?= sagemaker-kohya
 PIP_CONF ?= $(wildcard /etc/pip.conf)
 CERTIFICATES ?= $(wildcard /etc/ssl/certs/ca-certificates.crt)
 
@@ -32,7 +33,7 @@ SD_SCRIPTS_COMMIT = $(shell awk -F '"' '/^COMMIT = / {print $$2}' kohya/sd_scrip
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo image image-cpu size lock full-size sd-scripts options test test-image test-sd-scripts test-gpu lint format clean
+.PHONY: help env demo image image-cpu push size lock full-size sd-scripts options test test-image test-sd-scripts test-gpu lint format clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +74,9 @@ image-cpu: VARIANT = cpu
 image-cpu: ## Build the small image that trains with the built-in trainer on a CPU [TORCH TORCH_INDEX WHEELS]
 	$(build) --build-arg VARIANT=$(VARIANT) --build-arg GPUS=void --build-arg SD_SCRIPTS=none --build-arg TORCH=$(TORCH) \
 		--build-arg TORCH_INDEX=$(TORCH_INDEX) --tag $(IMAGE):$(TAG) .
+
+push: ## Push the image to ECR [CUDA VARIANT REPOSITORY TAG]
+	@exec env IMAGE='$(IMAGE):$(TAG)' REPOSITORY='$(REPOSITORY)' docker/push
 
 size: $(READY) ## Show what the image weighs, by layer and by part [CUDA VARIANT TAG]
 	@docker save $(IMAGE):$(TAG) | $(VENV)/bin/python docker/size.py
