@@ -21,6 +21,10 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 WHEELS ?=
 BUILD_FLAGS ?=
+ML ?= ml
+GPUS ?= $(if $(filter cpu,$(VARIANT)),,all)
+ARGS ?=
+RUN_FLAGS ?=
 REPOSITORY ?= sagemaker-kohya
 PIP_CONF ?= $(wildcard /etc/pip.conf)
 CERTIFICATES ?= $(wildcard /etc/ssl/certs/ca-certificates.crt)
@@ -33,7 +37,7 @@ SD_SCRIPTS_COMMIT = $(shell awk -F '"' '/^COMMIT = / {print $$2}' kohya/sd_scrip
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo image image-cpu push size lock full-size sd-scripts options test test-image test-sd-scripts test-gpu lint format clean
+.PHONY: help env demo image image-cpu run shell push size lock full-size sd-scripts options test test-image test-sd-scripts test-gpu lint format clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +78,15 @@ image-cpu: VARIANT = cpu
 image-cpu: ## Build the small image that trains with the built-in trainer on a CPU [TORCH TORCH_INDEX WHEELS]
 	$(build) --build-arg VARIANT=$(VARIANT) --build-arg GPUS=void --build-arg SD_SCRIPTS=none --build-arg TORCH=$(TORCH) \
 		--build-arg TORCH_INDEX=$(TORCH_INDEX) --tag $(IMAGE):$(TAG) .
+
+# exec: a stop of make reaches the job.
+run = exec env IMAGE='$(IMAGE):$(TAG)' ML='$(ML)' GPUS='$(GPUS)' RUN_FLAGS='$(RUN_FLAGS)' docker/run
+
+run: ## Run a job in the image, on the folder ML [ARGS CUDA VARIANT=cpu ML GPUS RUN_FLAGS TAG]
+	@$(run) train $(ARGS)
+
+shell: ## Open a shell in the image, set up as for a job [CUDA VARIANT=cpu ML GPUS RUN_FLAGS TAG]
+	@$(run) bash
 
 push: ## Push the image to ECR [CUDA VARIANT REPOSITORY TAG]
 	@exec env IMAGE='$(IMAGE):$(TAG)' REPOSITORY='$(REPOSITORY)' docker/push
