@@ -254,7 +254,8 @@ def test_no_gpu(programs: Programs, word: str) -> None:
         "ERROR: docker gives the container no GPU"
         " (docker: Error response from daemon: could not select device driver)."
         " Where there is an NVIDIA GPU, install its driver and the NVIDIA Container Toolkit,"
-        " and restart Docker. Where there is none, type make image-cpu, and then make run VARIANT=cpu ARGS=--trainer=builtin.\n"
+        " and restart Docker. Where there is none, type make image-cpu,"
+        " and then make run VARIANT=cpu ARGS=--trainer=builtin.\n"
     )
 
 
