@@ -21,11 +21,8 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 WHEELS ?=
 BUILD_FLAGS ?=
-ML ?= ml
 GPUS ?= $(if $(filter cpu,$(VARIANT)),,all)
 ARGS ?=
-RUN_FLAGS ?=
-REPOSITORY ?= sagemaker-kohya
 PIP_CONF ?= $(wildcard /etc/pip.conf)
 CERTIFICATES ?= $(wildcard /etc/ssl/certs/ca-certificates.crt)
 
@@ -79,8 +76,8 @@ image-cpu: ## Build the small image that trains with the built-in trainer on a C
 	$(build) --build-arg VARIANT=$(VARIANT) --build-arg GPUS=void --build-arg SD_SCRIPTS=none --build-arg TORCH=$(TORCH) \
 		--build-arg TORCH_INDEX=$(TORCH_INDEX) --tag $(IMAGE):$(TAG) .
 
-# exec: a stop of make reaches the job.
-run = exec env IMAGE='$(IMAGE):$(TAG)' ML='$(ML)' GPUS='$(GPUS)' RUN_FLAGS='$(RUN_FLAGS)' docker/run
+# exec: a stop of make reaches the job. ML, RUN_FLAGS and REPOSITORY are in the environment when they are typed.
+run = exec env IMAGE='$(IMAGE):$(TAG)' GPUS='$(GPUS)' docker/run
 
 run: ## Run a job in the image, on the folder ML [ARGS CUDA VARIANT=cpu ML GPUS RUN_FLAGS TAG]
 	@$(run) train $(ARGS)
@@ -89,7 +86,7 @@ shell: ## Open a shell in the image, set up as for a job [CUDA VARIANT=cpu ML GP
 	@$(run) bash
 
 push: ## Push the image to ECR [CUDA VARIANT REPOSITORY TAG]
-	@exec env IMAGE='$(IMAGE):$(TAG)' REPOSITORY='$(REPOSITORY)' docker/push
+	@IMAGE='$(IMAGE):$(TAG)' docker/push
 
 size: $(READY) ## Show what the image weighs, by layer and by part [CUDA VARIANT TAG]
 	@docker save $(IMAGE):$(TAG) | $(VENV)/bin/python docker/size.py

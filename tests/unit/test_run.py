@@ -157,7 +157,7 @@ def test_credentials_are_passed_by_name(programs: Programs) -> None:
 
 
 def test_paths_of_this_machine_are_shared_under_their_own_names(programs: Programs, tmp_path: Path) -> None:
-    model, pictures = tmp_path / "a, b:c.safetensors", programs.home / "pictures"
+    model, pictures = tmp_path / "a, b:c.safetensors", programs.home / "pictures=1"
     model.touch()
     pictures.mkdir()
     (programs.home / "8").touch()
@@ -166,7 +166,7 @@ def test_paths_of_this_machine_are_shared_under_their_own_names(programs: Progra
         "train",
         f"--model_uri={model}",
         "--dataset-uri",
-        "pictures",
+        "pictures=1",
         "--output_uri=out=1",
         f"--logs_uri={programs.home}/out=1",
         "--reg_uri=s3://bucket/reg",
