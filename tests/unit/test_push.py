@@ -218,7 +218,7 @@ def test_without_image_and_aws_cli(programs: Programs) -> None:
     programs.forget("image")
     programs.remove("aws")
     assert push(programs).stderr.splitlines() == [
-        f"ERROR: image {IMAGE}: it is not here. Type make image; docker image ls lists what is here.",
+        f"ERROR: image {IMAGE}: it is not here. Type make image, make image CUDA=12 or make image-cpu.",
         "ERROR: aws: the AWS CLI is not here. Install it: https://aws.amazon.com/cli.",
     ]
 

@@ -234,7 +234,7 @@ def test_no_engine(programs: Programs) -> None:
 
 def test_no_image(programs: Programs) -> None:
     programs.forget("image")
-    told = f"ERROR: image {IMAGE}: it is not here. Type make image; docker image ls lists what is here.\n"
+    told = f"ERROR: image {IMAGE}: it is not here. Type make image, make image CUDA=12 or make image-cpu.\n"
     assert refused(programs, "train") == told
 
 
