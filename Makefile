@@ -53,9 +53,11 @@ demo: $(READY) ## Run the main job on this machine: S3 in, LoRA out [KIND TRAINE
 	$(VENV)/bin/python -m demo --kind $(KIND) --trainer $(TRAINER) $(if $(OUT),--out "$(OUT)") \
 		$(if $(MODEL),--model "$(MODEL)") $(if $(DATASET),--dataset "$(DATASET)")
 
-# Contexts and secrets are passed where there are any: docker/Dockerfile says what each is for.
+# Contexts and secrets are passed where there are any: docker/Dockerfile says what each is for. With attestations
+# an image becomes an index, which SageMaker does not take.
 build = docker image inspect $(BASE_IMAGE) >/dev/null 2>&1 || docker pull $(BASE_IMAGE); \
-	DOCKER_BUILDKIT=1 docker build --file docker/Dockerfile $(BUILD_FLAGS) \
+	DOCKER_BUILDKIT=1 BUILDX_NO_DEFAULT_ATTESTATIONS=1 docker build --platform linux/amd64 \
+	--file docker/Dockerfile $(BUILD_FLAGS) \
 	--build-arg BASE_IMAGE=$(BASE_IMAGE) --build-arg SD_SCRIPTS_COMMIT=$(SD_SCRIPTS_COMMIT) \
 	--build-arg BASE_DIGEST=$$(docker image inspect \
 		--format '{{with .RepoDigests}}{{index . 0}}{{else}}{{.Id}}{{end}}' $(BASE_IMAGE) | sed 's/.*@//') \

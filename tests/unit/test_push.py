@@ -228,11 +228,11 @@ def test_without_image_and_aws_cli(programs: Programs) -> None:
     [
         (
             f"{CONFIG} linux/arm64 {{}}",
-            "SageMaker runs linux/amd64. Type DOCKER_DEFAULT_PLATFORM=linux/amd64 make image",
+            "SageMaker runs linux/amd64. Type make image",
         ),
         (
             f"{CONFIG} linux/amd64 {INDEX}",
-            "SageMaker takes no index. Type BUILDX_NO_DEFAULT_ATTESTATIONS=1 make image",
+            "SageMaker takes no index. Type make image",
         ),
     ],
     ids=["of another machine", "an index"],
