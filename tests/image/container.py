@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ class Subject:
 
     def python(self, script: str, *arguments: str, **options: Any) -> str:
         """What a Python script prints in a container; it must succeed."""
-        return self._printed(self.run(["-c", script, *arguments], entrypoint=[PYTHON], **options))
+        return self._printed(self.run(["-c", dedent(script), *arguments], entrypoint=[PYTHON], **options))
 
     @staticmethod
     def _printed(result: Result) -> str:
