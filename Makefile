@@ -11,7 +11,8 @@ FOLDER ?=
 
 IMAGE ?= sagemaker-kohya
 CUDA ?= 13
-TAG ?= $(VERSION)-cuda$(CUDA)
+VARIANT ?= cuda$(CUDA)
+TAG ?= $(VERSION)-$(VARIANT)
 CUDA_COMPAT ?= none
 BASE_IMAGE ?= debian:bookworm-slim
 SD_SCRIPTS ?= pinned
@@ -63,20 +64,21 @@ build = docker image inspect $(BASE_IMAGE) >/dev/null 2>&1 || docker pull $(BASE
 comma := ,
 
 image: ## Build the image [CUDA=12 CUDA_COMPAT=nvidia SD_SCRIPTS_DIR SD_SCRIPTS=none WHEELS BASE_IMAGE BUILD_FLAGS]
-	$(build) --build-arg VARIANT=cuda$(CUDA) --build-arg CUDA_COMPAT=$(CUDA_COMPAT) \
+	$(build) --build-arg VARIANT=$(VARIANT) --build-arg CUDA_COMPAT=$(CUDA_COMPAT) \
 		--build-arg SD_SCRIPTS=$(SD_SCRIPTS) \
 		$(if $(SD_SCRIPTS_DIR),--build-context sd-scripts=$(SD_SCRIPTS_DIR)) \
 		--tag $(IMAGE):$(TAG) .
 
+image-cpu: VARIANT = cpu
 image-cpu: ## Build the small image that trains with the built-in trainer on a CPU [TORCH TORCH_INDEX WHEELS]
-	$(build) --build-arg VARIANT=cpu --build-arg SD_SCRIPTS=none --build-arg TORCH=$(TORCH) \
-		--build-arg TORCH_INDEX=$(TORCH_INDEX) --tag $(IMAGE):$(VERSION)-cpu .
+	$(build) --build-arg VARIANT=$(VARIANT) --build-arg SD_SCRIPTS=none --build-arg TORCH=$(TORCH) \
+		--build-arg TORCH_INDEX=$(TORCH_INDEX) --tag $(IMAGE):$(TAG) .
 
-size: $(READY) ## Show what the image weighs, by layer and by package [CUDA TAG]
+size: $(READY) ## Show what the image weighs, by layer and by part [CUDA VARIANT TAG]
 	@docker save $(IMAGE):$(TAG) | $(VENV)/bin/python docker/size.py
 
-lock: $(READY) ## Renew the locks of the image's packages [UPGRADE=1]
-	docker/lock $(if $(UPGRADE),--upgrade)
+lock: $(READY) ## Renew the locks of the image's packages [UPGRADE=1 CHECK=1]
+	docker/lock $(if $(UPGRADE),--upgrade) $(if $(CHECK),--check)
 
 full-size: $(READY) ## Measure the job on a full-size model, beside sd-scripts typed by hand [KIND FOLDER]
 	$(VENV)/bin/python -m benchmarks.full_size --kind $(KIND) $(if $(FOLDER),--folder "$(FOLDER)")
@@ -100,7 +102,7 @@ options: $(READY) ## Write kohya/options.json and tests/data from the pinned sd-
 test-sd-scripts: $(READY) ## Run the tests that need sd-scripts [SD_SCRIPTS_DIR SD_SCRIPTS_PYTHON]
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal tests/sd_scripts
 
-test-image: $(READY) ## Test the image with both trainers and both kinds [CUDA TAG GPU=1]
+test-image: $(READY) ## Test the image with both trainers and both kinds [CUDA VARIANT TAG GPU=1]
 	TEST_IMAGE=$(IMAGE):$(TAG) $(VENV)/bin/python -m pytest tests/image
 
 test-gpu: $(READY) ## Run the tests that need a GPU and sd-scripts, and time the presets [SD_SCRIPTS_DIR SD_SCRIPTS_PYTHON]

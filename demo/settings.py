@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from entrypoint import checkpoint
-from entrypoint.check import find_gpu
+from entrypoint.gpu import find_gpu
 from kohya.config import Kind
 
 NAME = "photos"

@@ -16,7 +16,7 @@ from collections import Counter
 from typing import IO, Any
 
 _PACKAGE = re.compile(r"opt/venv/lib/python[\d.]+/site-packages/(?P<below>.+)")
-_REMOVED = "opt/venv/share/sagemaker-kohya/removed.tsv"
+_REMOVED = "share/sagemaker-kohya/removed.tsv"  # what the build left out
 _LEVEL = 6
 _LARGEST = 20
 
@@ -48,9 +48,10 @@ def main() -> None:
                     file = layer.extractfile(member) if member.isreg() else None
                     if file is None:
                         continue
-                    if member.name == _REMOVED:
-                        removed = file.read()
-                        file = io.BytesIO(removed)
+                    if member.name.endswith(_REMOVED):
+                        lines = file.read()
+                        removed += lines
+                        file = io.BytesIO(lines)
                     size = _compressed(file)
                     for sizes, name in ((packed, entry.name), (parts_packed, part(member.name))):
                         sizes[name] += size

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import shutil
-import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +17,7 @@ from entrypoint.contract import Tree
 from entrypoint.dataset import DataSet
 from entrypoint.failures import Problem, Unfit, collecting
 from entrypoint.files import File, Single
+from entrypoint.gpu import Compat, Gpu, compatibility, find_gpu
 from entrypoint.inputs import Extras
 from entrypoint.request import JobRequest, Location, Source, Trainer
 from entrypoint.storage import RemoteObject, S3Uri, Storage
@@ -44,15 +45,6 @@ class ModelFile:
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """The GPUs of this machine: the first one, and how many there are."""
-
-    name: str
-    capability: float  # CUDA compute capability: 7.5 for a T4, 8.6 for an A10G
-    count: int
-
-
-@dataclass(frozen=True)
 class Plan:
     """A request that can be trained: what it is made of, and the configuration that results."""
 
@@ -66,13 +58,14 @@ class Plan:
     extras: Extras
     merged: Merged
     gpu: Gpu | None
+    compat: Compat | None  # None: the driver's own libraries serve
     sd_scripts: SdScripts | None  # None: the built-in trainer
 
 
 def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> Plan:
     """Look at everything that was named, without fetching it. Raises Unfit with every problem found."""
     problems = list(request.problems)
-    model, data_set, reg, scripts = None, None, None, None
+    model, data_set, reg, scripts, compat = None, None, None, None, None
     data_files: dict[str, File] = {}
     reg_files: dict[str, File] = {}
     toml: list[Setting] = []
@@ -91,6 +84,9 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
         problems += wrong
         scripts, merged, wrong = _trainer(request, kind, merged, gpu)
         problems += wrong
+    with collecting(problems):
+        if scripts is not None or request.trainer == "builtin":
+            compat = compatibility(gpu, scripts.python if scripts else sys.executable)
     with collecting(problems):
         data_set, data_files, wrong = inputs.pictures(request, request.dataset, merged, extras, storage)
         problems += wrong
@@ -112,27 +108,9 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
         problems += _disk(remote, tree, scratch)
     if problems or model is None or kind is None or data_set is None:
         raise Unfit(problems)
-    return Plan(request, kind, model, data_set, data_files, reg, reg_files, extras, merged, gpu, scripts)
-
-
-def find_gpu() -> Gpu | None:
-    """The GPUs, as the driver's own tool tells them; None where there is none."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
-    try:
-        told = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-        name, capability = told.splitlines()[0].rsplit(",", 1)
-        count = _visible(len(told.splitlines()))
-        return Gpu(name.strip(), float(capability), count) if count else None
-    except (subprocess.SubprocessError, OSError, IndexError, ValueError):
-        return None
-
-
-def _visible(count: int) -> int:
-    """How many of `count` GPUs the trainer will see."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return count if named is None else min(count, len([name for name in named.split(",") if name.strip()]))
+    return Plan(
+        request, kind, model, data_set, data_files, reg, reg_files, extras, merged, gpu, compat, scripts
+    )
 
 
 def _model(request: JobRequest, storage: Storage) -> tuple[ModelFile, Kind]:
@@ -228,10 +206,12 @@ def _configuration(request: JobRequest, source: Source, storage: Storage) -> tup
 def _machine(gpu: Gpu | None) -> Sequence[Setting]:
     """What suits this machine: the GPU's preset and how many workers load pictures.
 
-    For a GPU without a preset bf16 from compute capability 8.0, fp16 below; none on a CPU.
+    For a GPU without a preset bf16 from compute capability 8.0, else fp16; none on a CPU.
     """
-    precision = "no" if gpu is None else "bf16" if gpu.capability >= 8 else "fp16"
-    where = f"{gpu.name}, compute capability {gpu.capability}" if gpu else "this machine has no GPU"
+    precision = "no" if gpu is None else "bf16" if (gpu.capability or 0) >= 8 else "fp16"
+    where = "this machine has no GPU"
+    if gpu is not None:
+        where = f"{gpu.name}, compute capability {gpu.capability or 'unknown'}"
     return (
         Setting("mixed_precision", precision, where),
         Setting("max_data_loader_n_workers", _workers(), "this machine's cores and /dev/shm"),
@@ -259,7 +239,7 @@ def _trainer(
     if precision.value == "fp16" and gpu is None:
         wrong = "mixed_precision = fp16 does not run on a CPU, and this machine has no GPU"
         problems.append(Problem(precision.where, wrong, "Write mixed_precision=no"))
-    if precision.value == "bf16" and gpu is not None and gpu.capability < 8:
+    if precision.value == "bf16" and gpu is not None and (gpu.capability or 8) < 8:
         wrong = f"mixed_precision = bf16 does not run on a {gpu.name}"
         problems.append(Problem(precision.where, wrong, "Write mixed_precision=fp16"))
     if not (tokenizers.folder() / tokenizers.CLIP_L / tokenizers.FILES[0]).exists():

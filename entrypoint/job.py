@@ -165,6 +165,8 @@ def train(prepared: Prepared) -> trainer.Ended:
     else:
         command = plan.sd_scripts.command(plan.kind, config_file, plan.gpu.count if plan.gpu else 1)
         environment |= plan.sd_scripts.environment()
+    if plan.compat is not None:
+        environment |= plan.compat.environment()
     return trainer.run(command, environment, prepared.log)
 
 
@@ -233,6 +235,8 @@ def _told(error: BaseException | None) -> tuple[int, str]:
 
 
 def _say_plan(plan: Plan) -> None:
+    if plan.compat is not None:
+        say(f"check: {plan.compat.why}")
     for note in plan.dataset.notes:
         say(f"check: {note}")
     if plan.reg is not None:

@@ -40,6 +40,17 @@ TINY: Mapping[str, str] = {
 }
 
 
+# torch/__init__.py of a torch that is none: who imports it is given the real one, and told what it will find.
+_HANDED_OVER = """
+import importlib, os, sys
+from pathlib import Path
+print("torch finds libraries in", os.environ.get("LD_LIBRARY_PATH"), file=sys.stderr)
+sys.path.remove(str(Path(__file__).parents[1]))
+del sys.modules["torch"]
+importlib.import_module("torch").__spec__.origin = __file__
+"""
+
+
 @dataclass(frozen=True)
 class Result:
     """How a job ended."""
@@ -105,6 +116,14 @@ class Job:
             (folder / content.name).symlink_to(content)
         return folder
 
+    def pretend(self, *gpus: str, cuda: str | None = "13.0") -> None:
+        """Let nvidia-smi tell of `gpus` and torch of its build for `cuda`. The job still runs on the CPU."""
+        write_nvidia_smi(self.scratch / "bin", *gpus)
+        write_torch(self.scratch / "cuda", cuda)
+        for name, folder in (("PATH", "bin"), ("PYTHONPATH", "cuda")):
+            there = filter(None, [self.environment.get(name)])
+            self.environment[name] = os.pathsep.join([str(self.scratch / folder), *there])
+
     def start(self, *flags: str) -> "subprocess.Popen[str]":
         """Start `train` as SageMaker does."""
         self._process = subprocess.Popen(
@@ -148,6 +167,31 @@ class Job:
             self._process.send_signal(signal.SIGTERM)
             self._process.wait(120)
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def write_nvidia_smi(folder: Path, *gpus: str) -> None:
+    """An nvidia-smi for PATH that tells of `gpus`: "Tesla T4, 7.5, 580.65.06"."""
+    folder.mkdir()
+    tool = folder / "nvidia-smi"
+    tool.write_text("\n".join(["#!/bin/sh", *(f"echo '{gpu}'" for gpu in gpus)]))
+    tool.chmod(0o755)
+
+
+def write_torch(folder: Path, cuda: str | None) -> None:
+    """A torch for PYTHONPATH that is built for `cuda` to whom looks, and the real one to whom imports it."""
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch" / "__init__.py").write_text(_HANDED_OVER)
+    (folder / "torch" / "version.py").write_text(
+        f"from typing import Optional\n\n__version__ = '2.12.1'\ncuda: Optional[str] = {cuda!r}\n"
+    )
+
+
+def write_compat(folder: Path, version: str) -> Path:
+    """NVIDIA's forward-compatibility libraries of a driver's version, by their names; returns `folder`."""
+    folder.mkdir()
+    (folder / f"libcuda.so.{version}").touch()
+    (folder / "libcuda.so.1").symlink_to(f"libcuda.so.{version}")
+    return folder
 
 
 def write_dataset(folder: Path, *, side: int = 96) -> Path:

@@ -308,6 +308,33 @@ def test_fp16_needs_a_gpu(ready: Job) -> None:
     assert_refused(ready, ready.run("--mixed_precision=fp16"), "does not run on a CPU", "mixed_precision=no")
 
 
+def test_a_driver_that_is_too_old_is_told_with_everything_else(ready: Job) -> None:
+    ready.pretend("NVIDIA GeForce RTX 4090, 8.9, 550.90.07")
+    said = "NVIDIA GeForce RTX 4090: the driver 550.90.07 is older than CUDA 13.0 needs (580)"
+    assert_refused(ready, ready.run("--seed=x"), said, "make image CUDA=12", "seed")
+
+
+def test_a_torch_without_cuda_is_no_match_for_a_gpu(ready: Job) -> None:
+    """The way out that the message names is one."""
+    ready.pretend("NVIDIA A10G, 8.6, 580.65.06", cuda=None)
+    assert_refused(ready, ready.run(), "NVIDIA A10G: the trainer's torch is built without CUDA")
+    ready.environment["CUDA_VISIBLE_DEVICES"] = ""
+    result = ready.run("--max_train_steps=1")
+    assert result.code == 0, result.out + result.err
+
+
+def test_bf16_needs_a_gpu_that_has_it(ready: Job) -> None:
+    ready.pretend("Tesla T4, 7.5, 580.65.06")
+    said = "mixed_precision = bf16 does not run on a Tesla T4"
+    assert_refused(ready, ready.run("--mixed_precision=bf16"), said)
+
+
+def test_a_capability_that_is_not_told_refuses_nothing(ready: Job) -> None:
+    ready.pretend("Tesla T4, [N/A], 580.65.06")
+    assert_refused(ready, ready.run("--mixed_precision=bf16", "--seed=x"), "seed")
+    assert "bf16" not in str(ready.failure)
+
+
 def test_a_configuration_that_is_no_configuration(ready: Job, tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_text("#" * (1 << 20) + "\nseed = 1")
     assert_refused(ready, ready.run(f"--config_uri={tmp_path / 'job.toml'}"), "it has more than 1 MiB")

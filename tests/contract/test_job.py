@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from entrypoint.storage import S3Uri
 from kohya.config import KINDS, Kind
-from tests.harness import METRIC, TINY, Job, Result
+from tests.harness import METRIC, TINY, Job, Result, write_compat
 from tests.s3 import S3Server
 
 DATA = Path(__file__).parents[1] / "data"
@@ -124,27 +124,40 @@ def test_channels_with_hyperparameters(
 @pytest.mark.parametrize(
     ("gpu", "said"),
     [
-        ("NVIDIA L40S, 8.9", "mixed_precision bf16 (configs/gpu/l40s.toml line "),
-        ("NVIDIA A10, 8.6", "mixed_precision bf16 (NVIDIA A10, compute capability 8.6)"),
+        ("NVIDIA L40S, 8.9, 580.65.06", "mixed_precision bf16 (configs/gpu/l40s.toml line "),
+        ("NVIDIA A10, 8.6, 580.65.06", "mixed_precision bf16 (NVIDIA A10, compute capability 8.6)"),
     ],
 )
 def test_the_gpus_preset_lies_under_the_hyperparameters(
     gpu: str, said: str, job: Job, base_models: dict[Kind, Path], pictures: Path
 ) -> None:
     """What nvidia-smi tells picks the preset, and the log says which; the job itself needs none."""
-    tool = job.scratch / "bin" / "nvidia-smi"
-    tool.parent.mkdir()
-    tool.write_text(f"#!/bin/sh\necho '{gpu}'\n")
-    tool.chmod(0o755)
-    job.environment["PATH"] = f"{tool.parent}:{job.environment['PATH']}"
+    job.pretend(gpu)
     job.mount("model", base_models["sd15"])
     job.mount("dataset", pictures)
     job.configure("hyperparameters", {**TINY, "max_train_epochs": "1", "gradient_checkpointing": "true"})
     result = job.run()
     assert result.code == 0, result.out + result.err
     assert said in result.out
+    assert "forward-compatibility" not in result.out
     values = tomllib.loads((job.model / "shape.toml").read_text())
     assert (values["mixed_precision"], values["gradient_checkpointing"]) == ("bf16", True)
+
+
+def test_an_older_driver_is_met_with_nvidias_libraries(
+    job: Job, base_models: dict[Kind, Path], pictures: Path, tmp_path: Path
+) -> None:
+    compat = write_compat(tmp_path / "compat", "580.65.06")
+    job.pretend("NVIDIA A10G, 8.6, 550.90.07")
+    job.environment |= {"CUDA_COMPAT_DIR": str(compat), "LD_LIBRARY_PATH": "/other"}
+    job.mount("model", base_models["sd15"])
+    job.mount("dataset", pictures)
+    job.configure("hyperparameters", {**TINY, "max_train_epochs": "1"})
+    result = job.run()
+    assert result.code == 0, result.out + result.err
+    why = "the driver 550.90.07 is older than CUDA 13.0 needs (580)"
+    assert f"check: {why}; NVIDIA's forward-compatibility libraries are used" in result.out
+    assert f"torch finds libraries in {compat}:/other" in result.out
 
 
 @pytest.mark.parametrize("kind", KINDS)

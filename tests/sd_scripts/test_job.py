@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from entrypoint.check import find_gpu
+from entrypoint.gpu import find_gpu
 from kohya import config, sd_scripts
 from kohya.config import KINDS, Kind
 from tests.contract.test_job import assert_completed, assert_lora
-from tests.harness import NARROW, TINY, Job
+from tests.harness import NARROW, TINY, Job, write_compat
 
 
 @pytest.fixture
@@ -63,6 +63,18 @@ def test_xformers_that_cannot_run_becomes_sdpa(ready: Job, base_models: dict[Kin
     result = ready.run("--xformers=true", "--max_train_epochs=1")
     assert result.code == 0, result.out + result.err
     assert "flag --xformers: xformers = true becomes false: xformers " in result.out
+
+
+def test_an_older_driver_is_met_with_nvidias_libraries(
+    narrow: Job, base_models: dict[Kind, Path], tmp_path: Path
+) -> None:
+    compat = write_compat(tmp_path / "compat", "580.65.06")
+    narrow.pretend("NVIDIA A10G, 8.6, 550.90.07")
+    narrow.environment["CUDA_COMPAT_DIR"] = str(compat)
+    narrow.mount("model", base_models["sd15"])
+    result = narrow.run()
+    assert result.code == 0, result.out + result.err
+    assert f"torch finds libraries in {compat}" in result.out
 
 
 def test_facts_are_those_of_the_pinned_scripts(tmp_path: Path) -> None:

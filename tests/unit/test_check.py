@@ -1,12 +1,11 @@
 """entrypoint.check: what follows from the GPU, and what sd-scripts would fail on."""
 
-import os
 from pathlib import Path
 
 import pytest
 
 from entrypoint import check
-from entrypoint.check import Gpu
+from entrypoint.gpu import Gpu
 from kohya import config, rules
 from kohya.config import Setting
 from kohya.sd_scripts import SdScripts
@@ -27,6 +26,10 @@ def test_the_precision_comes_from_the_gpus_preset() -> None:
 def test_a_gpu_without_a_preset_gets_what_its_capability_allows() -> None:
     assert precision(Gpu("NVIDIA A10", 8.6, 1)) == ("bf16", "NVIDIA A10, compute capability 8.6")
     assert precision(Gpu("Tesla V100-SXM2-16GB", 7.0, 1))[0] == "fp16"
+    assert precision(Gpu("Tesla V100-SXM2-16GB", None, 1)) == (
+        "fp16",
+        "Tesla V100-SXM2-16GB, compute capability unknown",
+    )
     assert precision(None) == ("no", "this machine has no GPU")
 
 
@@ -37,19 +40,6 @@ def test_the_users_layers_lie_above_the_gpus_preset(kind: config.Kind) -> None:
     asked = [Setting("gradient_checkpointing", True, "flag"), Setting("mixed_precision", "fp16", "flag")]
     values = config.merge(kind, [config.preset(kind), gpu, asked]).values
     assert (values["gradient_checkpointing"], values["mixed_precision"]) == (True, "fp16")
-
-
-def test_the_gpu_is_told_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = tmp_path / "nvidia-smi"
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    for printed, found in (
-        ("NVIDIA A100-SXM4-40GB, 8.0\\nNVIDIA A100-SXM4-40GB, 8.0\\n", Gpu("NVIDIA A100-SXM4-40GB", 8.0, 2)),
-        ("No devices were found\\n", None),
-    ):
-        tool.write_text(f"#!/bin/sh\nprintf '{printed}'\n")
-        tool.chmod(0o755)
-        assert check.find_gpu() == found
 
 
 def adapted(kind: config.Kind, python: Path, **values: object) -> config.Merged:
@@ -81,17 +71,6 @@ def test_persistent_workers_need_workers(python: Path) -> None:
     assert adapted("sd15", python, **options).values["persistent_data_loader_workers"] is False
     options["max_data_loader_n_workers"] = 2
     assert adapted("sd15", python, **options).values["persistent_data_loader_workers"] is True
-
-
-def test_gpus_that_are_hidden_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'NVIDIA L4, 8.9'\necho 'NVIDIA L4, 8.9'\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    for visible, found in (("0,1", 2), ("1", 1), ("", None)):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        gpu = check.find_gpu()
-        assert (gpu.count if gpu else None) == found
 
 
 def test_wandb_alone_would_leave_the_job_without_steps(python: Path) -> None:
