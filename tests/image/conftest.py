@@ -1,6 +1,6 @@
-"""The image under test, which TEST_IMAGE names, on the engine that DOCKER_HOST names. `make test-image` runs these.
+"""The image that TEST_IMAGE names, on the engine that DOCKER_HOST names. `make test-image` runs these tests.
 
-With GPU=1 every container gets all GPUs; with SD_SCRIPTS=none the image is one that was built without sd-scripts.
+With GPU=1 every container gets all GPUs. SD_SCRIPTS=none: the image was built without sd-scripts.
 """
 
 import os

@@ -12,8 +12,8 @@ from tests.image.test_jobs import EXPECTED
 DOCKER = Path(__file__).parents[2] / "docker"
 SITE = "/opt/venv/lib/python3.11/site-packages"
 BUILTIN = "torch diffusers transformers accelerate tensorboard safetensors boto3 awscrt pydantic PIL"
-SD_SCRIPTS = """torchvision xformers xformers.ops bitsandbytes lycoris.kohya onnxruntime cv2 einops ftfy lion_pytorch
-    prodigyopt pytorch_optimizer schedulefree triton"""
+SD_SCRIPTS = """torchvision xformers xformers.ops bitsandbytes lycoris.kohya onnxruntime cv2 einops ftfy
+    lion_pytorch prodigyopt pytorch_optimizer schedulefree triton"""
 
 # Libraries that no file in the image provides: the driver's, which NVIDIA's container toolkit mounts, …
 DRIVER = r"libcuda\.so\.1|libnvidia-.*"
@@ -94,14 +94,15 @@ def test_bitsandbytes_has_torchs_cuda(subject: Subject, variant: str) -> None:
     assert re.fullmatch(rf"libbitsandbytes_cuda{number}\d\.so True\n", subject.python(script, SITE))
 
 
-# Each library as the loader sees it, as ldd asks it, with its own folder and those in which torch finds its own.
+# Each library as the loader sees it, with its own folder and those that torch's search path reaches.
 LINKS = """
     import os, pathlib, re, subprocess, sys
     from concurrent.futures import ThreadPoolExecutor
     site = pathlib.Path(sys.argv[1])
     def told(file, **environment):
         environment = {"LD_TRACE_LOADED_OBJECTS": "1", "LD_WARN": "yes", **environment}
-        run = subprocess.run(["/lib64/ld-linux-x86-64.so.2", file], capture_output=True, text=True, env=environment)
+        loader = ["/lib64/ld-linux-x86-64.so.2", file]
+        run = subprocess.run(loader, capture_output=True, text=True, env=environment)
         return run.stdout + run.stderr
     def missing(file):
         text = told(file, LD_LIBRARY_PATH=f"{path}:{file.parent}")
@@ -109,8 +110,8 @@ LINKS = """
     def is_elf(file):
         with file.open("rb") as opened: return opened.read(4) == b"\\x7fELF"
     torch = sorted((site / "torch/lib").glob("*.so"))
-    folders = {os.path.realpath(one) for file in torch for one in re.findall(rf"=> ({site}\\S+)/\\S+ ", told(file))}
-    path = ":".join(sorted({*folders, str(site / "torch/lib")}))
+    reached = {one for file in torch for one in re.findall(rf"=> ({site}\\S+)/\\S+ ", told(file))}
+    path = ":".join(sorted({*map(os.path.realpath, reached), str(site / "torch/lib")}))
     files = [file for file in site.rglob("*") if file.is_file() and not file.is_symlink() and is_elf(file)]
     print(len(files))
     with ThreadPoolExecutor(4) as threads:
@@ -144,7 +145,7 @@ EXTENSION = r"""
 
 
 def test_triton_can_build_its_launchers(subject: Subject, variant: str) -> None:
-    """As it does when a model is compiled: in C, at run time. What it builds it loads from /tmp: hence exec."""
+    """As it does when a model is compiled: in C, at run time. It loads it from /tmp: hence exec."""
     if variant == "cpu":
         pytest.skip("the CPU image has no Triton")
     assert subject.python(EXTENSION, **{**ALL_HARDENED, "tmpfs": {"/tmp": "exec"}}) == "42\n"
