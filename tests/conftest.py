@@ -42,5 +42,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.line("NOT RUN: sd-scripts. make test-sd-scripts runs these tests.")
     if "gpu" in ignored:
         terminalreporter.line("NOT RUN: GPU. make test-gpu runs these tests on a machine that has one.")
+    if "image" in ignored:
+        terminalreporter.line("NOT RUN: the image. make image builds it, and make test-image tests it.")
     if not os.environ.get("TEST_S3_ENDPOINT"):
         terminalreporter.line("NOT RUN: a real S3 server; moto's stood in. Set TEST_S3_ENDPOINT to use one.")
