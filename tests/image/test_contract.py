@@ -36,7 +36,7 @@ def test_every_way_to_say_train(subject: Subject, options: dict[str, Any]) -> No
 
 def test_the_entrypoint_is_no_shell(subject: Subject) -> None:
     """A shell would keep SIGTERM from the job."""
-    assert subject.config["Entrypoint"][-3:] == [PYTHON, "-m", "entrypoint"]
+    assert subject.config["Entrypoint"] == [PYTHON, "-m", "entrypoint"]
     assert subject.config["Cmd"] == ["train"]
 
 
@@ -50,10 +50,11 @@ def test_there_is_nothing_under_opt_ml(subject: Subject) -> None:
     assert subject.shell("[ ! -e /opt/ml ] || find /opt/ml") == ""
 
 
-def test_gpus_are_asked_for(subject: Subject) -> None:
-    """By NVIDIA's container toolkit: SageMaker passes no --gpus."""
+def test_gpus_are_asked_for(subject: Subject, variant: str) -> None:
+    """By NVIDIA's container toolkit: SageMaker passes no --gpus. The CPU image is to see none."""
+    gpus = "void" if variant == "cpu" else "all"
     told = set(subject.config["Env"])
-    assert {"NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"} <= told
+    assert {f"NVIDIA_VISIBLE_DEVICES={gpus}", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"} <= told
 
 
 def test_labels_say_what_it_was_made_of(subject: Subject) -> None:
