@@ -58,7 +58,8 @@ demo: $(READY) ## Run the main job on this machine: S3 in, LoRA out [KIND TRAINE
 build = docker image inspect $(BASE_IMAGE) >/dev/null 2>&1 || docker pull $(BASE_IMAGE); \
 	DOCKER_BUILDKIT=1 BUILDX_NO_DEFAULT_ATTESTATIONS=1 docker build --platform linux/amd64 \
 	--file docker/Dockerfile $(BUILD_FLAGS) \
-	--build-arg BASE_IMAGE=$(BASE_IMAGE) --build-arg SD_SCRIPTS_COMMIT=$(SD_SCRIPTS_COMMIT) \
+	--build-arg BASE_IMAGE=$(BASE_IMAGE) --build-arg SD_SCRIPTS=$(SD_SCRIPTS) \
+	$(if $(filter-out none,$(SD_SCRIPTS)),--build-arg SD_SCRIPTS_COMMIT=$(SD_SCRIPTS_COMMIT)) \
 	--build-arg BASE_DIGEST=$$(docker image inspect \
 		--format '{{with .RepoDigests}}{{index . 0}}{{else}}{{.Id}}{{end}}' $(BASE_IMAGE) | sed 's/.*@//') \
 	--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) \
@@ -69,13 +70,13 @@ comma := ,
 
 image: ## Build the image [CUDA=12 CUDA_COMPAT=nvidia SD_SCRIPTS_DIR SD_SCRIPTS=none WHEELS BASE_IMAGE BUILD_FLAGS]
 	$(build) --build-arg VARIANT=$(VARIANT) --build-arg CUDA_COMPAT=$(CUDA_COMPAT) \
-		--build-arg SD_SCRIPTS=$(SD_SCRIPTS) \
 		$(if $(SD_SCRIPTS_DIR),--build-context sd-scripts=$(SD_SCRIPTS_DIR)) \
 		--tag $(IMAGE):$(TAG) .
 
 image-cpu: VARIANT = cpu
+image-cpu: SD_SCRIPTS = none
 image-cpu: ## Build the small image that trains with the built-in trainer on a CPU [TORCH TORCH_INDEX WHEELS]
-	$(build) --build-arg VARIANT=$(VARIANT) --build-arg GPUS=void --build-arg SD_SCRIPTS=none --build-arg TORCH=$(TORCH) \
+	$(build) --build-arg VARIANT=$(VARIANT) --build-arg GPUS=void --build-arg TORCH=$(TORCH) \
 		--build-arg TORCH_INDEX=$(TORCH_INDEX) --tag $(IMAGE):$(TAG) .
 
 # exec: a stop of make reaches the job. ML, RUN_FLAGS and REPOSITORY are in the environment when they are typed.
@@ -119,7 +120,7 @@ test-sd-scripts: $(READY) ## Run the tests that need sd-scripts [SD_SCRIPTS_DIR 
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal tests/sd_scripts
 
 test-image: $(READY) ## Test the image with both trainers and both kinds [CUDA VARIANT TAG GPU=1]
-	TEST_IMAGE=$(IMAGE):$(TAG) $(VENV)/bin/python -m pytest tests/image
+	TEST_IMAGE=$(IMAGE):$(TAG) $(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal tests/image
 
 test-gpu: $(READY) ## Run the tests that need a GPU and sd-scripts, and time the presets [SD_SCRIPTS_DIR SD_SCRIPTS_PYTHON]
 	@nvidia-smi --query-gpu=name,memory.total --format=csv,noheader 2>/dev/null \
