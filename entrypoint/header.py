@@ -75,14 +75,16 @@ def read(file: BinaryIO, size: int) -> tuple[Header, Mapping[str, str]]:
         raise NotABaseModel(f"its header has {length:,} bytes, and the format allows {MAX_HEADER:,}")
     file.seek(start + 8)
     header = _parsed(file.read(length))
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise NotABaseModel(f"{_DAMAGED}: its metadata are no table", _AGAIN)
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:  # as JSON's null, too
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise NotABaseModel(f"{_DAMAGED}: its metadata are no table of texts", _AGAIN)
     end = _end_of_numbers(header)
     if end + 8 + length != size:
         wrong = f"its header describes {end + 8 + length:,} bytes and it has {size:,}"
         raise NotABaseModel(f"{wrong}: it is cut off or damaged", _AGAIN)
-    return header, {key: value for key, value in metadata.items() if isinstance(value, str)}
+    return header, metadata
 
 
 def _other_file(first: bytes, length: int, size: int) -> tuple[str, str]:
@@ -147,7 +149,9 @@ def _end_of_numbers(header: Header) -> int:
 def _place(name: str, fact: object) -> tuple[int, int]:
     """Where a tensor's numbers begin and end."""
     match fact:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]} if (
+            type(begin) is int and type(end) is int
+        ):
             pass
         case _:
             raise NotABaseModel(f"{_DAMAGED}: {shown(name)} lacks its dtype, shape or data_offsets", _AGAIN)

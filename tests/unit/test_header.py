@@ -73,6 +73,8 @@ def test_a_header_is_read_with_its_metadata_and_up_to_the_numbers() -> None:
         (file(b'{"a":{},"b":{},"a":{}}'), "names a twice"),
         (file(b'{"a":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}}'), "names dtype twice"),
         (file({"__metadata__": 1, "a": A}), "its metadata are no table"),
+        (file({"__metadata__": {"a": 1}, "a": A}), "its metadata are no table of texts"),
+        (file({"a": {**A, "data_offsets": [False, 8]}}), "a lacks its dtype"),
         (file({"a": 1}), "a lacks its dtype"),
         (file({"a": {**A, "data_offsets": [0]}}), "a lacks its dtype"),
         (file({"a": {**A, "dtype": None}}), "a lacks its dtype"),
