@@ -76,6 +76,8 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], dict[str, zipfi
     start = file.tell()
     first = file.read(16)
     file.seek(start)
+    if not first:
+        raise NotABaseModel("it is empty", _SAVE_AGAIN)
     if first.startswith(_MAGIC):
         raise NotABaseModel("it is a .ckpt as PyTorch wrote it before 1.6", _SAVE_AGAIN)
     if first[8:9] == b"{":

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, cast
 
 from entrypoint import checkpoint, ckpt, files, foreign, header
 from entrypoint.checkpoint import Prediction
+from entrypoint.console import say
 from entrypoint.failures import Problem, Unfit
 from entrypoint.files import File
 from entrypoint.header import Header, NotABaseModel, Sparing, guarded, shown
@@ -27,6 +28,7 @@ _OTHERS = (  # what people give as well, and are told about
 )  # fmt: skip
 _MEMBERS = 100  # in a tar, each of which costs a request to S3
 _TAR_HEADERS = 1_000_000  # bytes
+_ITSELF = "Give the model itself"
 _UNTOLD = Prediction(None, False)
 
 
@@ -107,6 +109,8 @@ def unpacked(model: ModelFile, path: Path, folder: Path) -> Path:
 
     Raises Unfit where the file is not what it was when it was looked at, OSError where the disk says no.
     """
+    if model.copied:
+        say(f"prepare: the base model in {path.name} becomes one .safetensors file")
     try:
         if model.member is not None:
             ending = next(ending for ending in _MODELS if model.member.name.endswith(ending))
@@ -186,7 +190,7 @@ def _member(file: BinaryIO, size: int) -> Member:
     ):
         for number, member in enumerate(archive):
             if number == _MEMBERS:
-                raise NotABaseModel(f"the tar holds more than {_MEMBERS} files", "Give the model itself")
+                raise NotABaseModel(f"the tar holds more than {_MEMBERS} files", _ITSELF)
             if member.name.endswith(_MODELS) and not PurePosixPath(member.name).name.startswith("._"):
                 found.append(member)
     if len(found) != 1:
@@ -194,13 +198,11 @@ def _member(file: BinaryIO, size: int) -> Member:
         wrong = (
             f"the tar holds {len(found)} files that end in {' or '.join(_MODELS)}{names}, and must hold one"
         )
-        raise NotABaseModel(wrong, "Give the model itself")
+        raise NotABaseModel(wrong, _ITSELF)
     member = found[0]
     if not member.isreg() or member.issparse():
         kind = "a sparse file" if member.isreg() else "a link, a device or a folder"
-        raise NotABaseModel(
-            f"{shown(member.name)} in the tar is {kind}, and no plain file", "Give the model itself"
-        )
+        raise NotABaseModel(f"{shown(member.name)} in the tar is {kind}, and no plain file", _ITSELF)
     if member.offset_data + member.size > size:
         raise NotABaseModel(
             f"the tar ends before {shown(member.name)} does: it is cut off", "Upload it again"

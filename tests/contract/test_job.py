@@ -287,6 +287,7 @@ def test_esd(
     result = job.run("--trainer=builtin", "--save_last_n_epochs=")  # which builtin does not have
 
     assert_completed(result, job, kind)
+    assert "becomes one .safetensors file" in result.out
     assert "lr_restart_cycles is read as lr_scheduler_num_cycles" in result.out
     assert "train_data_dir is the job's to choose, and was replaced" in result.out
     output = keys(s3, bucket / "Stable-diffusion/checkpoint/custom/1f")

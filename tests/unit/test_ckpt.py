@@ -45,6 +45,15 @@ def rewritten(content: bytes, change: Any, compression: int = zipfile.ZIP_STORED
     return file.getvalue()
 
 
+def with_deflated_numbers(content: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w") as new:
+        for name in old.namelist():
+            deflated = zipfile.ZIP_DEFLATED if name.endswith("data/0") else zipfile.ZIP_STORED
+            new.writestr(name, old.read(name), deflated)
+    return file.getvalue()
+
+
 def with_pickle(program: bytes) -> bytes:
     whole = saved({"a": torch.zeros(2)})
     return rewritten(whole, lambda name, inside: program if name.endswith("data.pkl") else inside)
@@ -224,8 +233,8 @@ def test_a_little_that_shows_as_much_is_refused() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "it is no .ckpt"),
-        (b"words " * 100, "it is no .ckpt"),
+        (b"", "it is empty"),
+        (b"words " * 100, "it is no .ckpt as PyTorch writes it since 1.6"),
         (saved({"a": torch.ones(1)}, _use_new_zipfile_serialization=False), "as PyTorch wrote it before 1.6"),
         ((70).to_bytes(8, "little") + b'{"a": 1}' + bytes(100), "Name it .safetensors"),
         (saved({"a": torch.ones(1)})[:-1], "a damaged one (BadZipFile"),
@@ -250,6 +259,11 @@ def test_zips_that_torch_does_not_write() -> None:
     assert "do not lie in it" in told(
         rewritten(whole, lambda name, inside: inside[:8] if name.endswith("data/0") else inside)
     )
+    assert "do not lie in it" in told(with_deflated_numbers(whole))
+    beyond = bytearray(tensor_with(numbers=1 << 20, shape=(1 << 20,)))
+    record = beyond.rindex(b"PK\x01\x02", 0, beyond.rindex(b"archive/data/0"))
+    beyond[record + 20 : record + 28] = struct.pack("<II", 4 << 20, 4 << 20)
+    assert "do not lie in it" in told(bytes(beyond))
     encrypted = bytearray(whole)
     for place in (whole.index(b"PK\x03\x04") + 6, whole.index(b"PK\x01\x02") + 8):
         encrypted[place] |= 1
@@ -269,9 +283,12 @@ def test_a_real_size_pickle_is_read_in_a_second() -> None:
     whole = saved(
         {"state_dict": {name: torch.zeros([0, *shape[1:]]).half() for name, shape in shapes.items()}}
     )
-    begun = time.perf_counter()
-    facts = ckpt.read_header(io.BytesIO(whole), len(whole))
-    assert time.perf_counter() - begun < 1
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        facts = ckpt.read_header(io.BytesIO(whole), len(whole))
+        seconds.append(time.perf_counter() - begun)
+    assert min(seconds) < 1
     assert len(facts) == len(shapes)
     for name, shape in shapes.items():
         facts[name]["shape"] = shape
