@@ -54,8 +54,8 @@ def convert(source: Path, target: Path) -> None:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         with guarded(".ckpt"):
             for name in header:
-                if (one := tensors[name]).bytes:
-                    out.write(np.ascontiguousarray(_numbers(mapped, entries[one.storage.key], one)).data)
+                one = tensors[name]
+                out.write(np.ascontiguousarray(_numbers(mapped, entries[one.storage.key], one)).data)
 
 
 def _numbers(mapped: mmap.mmap, entry: zipfile.ZipInfo, tensor: Tensor) -> np.ndarray:

@@ -29,9 +29,10 @@ _TABLE, _TENSOR, _PARAMETER = (
     "torch._utils._rebuild_parameter",
 )
 _HARMLESS = {  # what checkpoints hold besides tensors; it is left out
-    "_codecs.encode", "__builtin__.set", "builtins.set", "collections.defaultdict", "numpy.dtype",
-    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "torch.float16", "torch.float32",
-    "torch.bfloat16", "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    *(f"{module}.{name}" for module in ("__builtin__", "builtins") for name in ("dict", "list", "set")),
+    "_codecs.encode", "collections.defaultdict", "numpy.dtype", "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar", "torch.float16", "torch.float32", "torch.bfloat16",
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
 }  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def build(content: bytes) -> Any:
     """What a pickle would build, of dict, list, tuple, Tensor and constants; None for every other object.
 
     Raises NotABaseModel where it names what tensors do not need, or does what torch.save does not write, and
-    IndexError, KeyError, TypeError and ValueError where it is nonsense.
+    AttributeError, IndexError, KeyError, TypeError and ValueError where it is nonsense.
     """
     machine = _Machine()
     for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):
@@ -119,8 +120,7 @@ class _Machine:
         self.memo[index] = self.stack[-1]
 
     def extend(self, items: list[Any]) -> None:
-        if isinstance(self.stack[-1], list):
-            self.stack[-1].extend(items)
+        self.stack[-1].extend(items)
 
     def set(self, items: list[Any]) -> None:
         """Keys and values, in turn. A key that is no text names no tensor, and its hash may not end."""
@@ -140,7 +140,7 @@ def _name(text: str) -> _Global:
 
 def _storage(reference: object) -> Storage:
     match reference:
-        case ("storage", _Global(name), str(key), _, int(numbers)) if _sensible(numbers):
+        case ("storage", _Global(name), str(key), _, int(numbers)):
             return Storage(_DTYPES[name.removeprefix("torch.")], key, numbers)
     raise ValueError("a storage that is none")
 

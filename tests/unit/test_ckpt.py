@@ -110,7 +110,9 @@ def test_every_tensor_is_copied_as_it_is(protocol: int, nested: bool, tmp_path: 
 
 
 def test_what_is_no_tensor_is_left_out(tmp_path: Path) -> None:
-    content = collections.OrderedDict(a=torch.ones(2), note="text", more={"b": torch.ones(1)})
+    content = collections.OrderedDict(
+        a=torch.ones(2), note="text", more={"b": torch.ones(1)}, odd=collections.defaultdict(list, x=1)
+    )
     content[3] = torch.ones(1)  # type: ignore[index]
     content["__metadata__"] = torch.ones(1)
     content._metadata = {"version": 1}  # type: ignore[attr-defined]
@@ -164,6 +166,7 @@ def test_a_pickle_that_would_run_code_is_refused_by_name(protocol: int, tmp_path
         (b"\x8c\x02os\x8c\x06system\x93.", "it is a pickle that calls os.system"),
         (b"c__builtin__\neval\n.", "calls __builtin__.eval"),
         (b"ctorch\nFloatStorage\n)R.", "a damaged one (ValueError: a call that makes no tensor"),
+        (b"N(Ne.", "a damaged one (AttributeError"),
         (b"N)R.", "a damaged one (ValueError: a call that makes no tensor"),
         (b"NQ.", "a damaged one (ValueError: a storage that is none"),
         (
@@ -179,7 +182,7 @@ def test_a_pickle_that_would_run_code_is_refused_by_name(protocol: int, tmp_path
         (b"}X\x01\0\0\0a]q\0h\0as.", "it holds no tensors"),  # a list in itself
         (b"N" * 1_000_001 + b".", "does more than that of any model"),
     ],
-    ids=range(23),
+    ids=range(24),
 )
 def test_hostile_pickles(program: bytes, said: str) -> None:
     begun = time.monotonic()
