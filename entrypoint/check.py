@@ -4,21 +4,20 @@ import importlib.util
 import os
 import shutil
 import sys
-import tarfile
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, cast
 
-from entrypoint import checkpoint, console, files, inputs
-from entrypoint.checkpoint import NotABaseModel
+from entrypoint import console, files, inputs
+from entrypoint import model as base_model
 from entrypoint.contract import Tree
 from entrypoint.dataset import DataSet
 from entrypoint.failures import Problem, Unfit, collecting
 from entrypoint.files import File, Single
 from entrypoint.gpu import Compat, Gpu, compatibility, find_gpu
 from entrypoint.inputs import Extras
+from entrypoint.model import ModelFile
 from entrypoint.request import JobRequest, Location, Source, Trainer
 from entrypoint.storage import RemoteObject, S3Uri, Storage
 from kohya import config, rules, sd_scripts, tokenizers
@@ -29,19 +28,8 @@ from kohya.sd_scripts import SdScripts
 OUTPUT_BYTES = 1_000_000_000  # room for LoRAs, event logs and the trainer's own files
 LONGEST_TMPDIR = 50  # characters, to which the job's and the workers' own folders are added
 SHARED_MEMORY = 1 << 30  # bytes in /dev/shm, with which loader workers get on
-_MODEL_ENDINGS = (".safetensors", ".tar", ".ckpt")
 _ESD_TAGGER = "enable_wd14_tagger"  # ESD's WebUI leaves its captioning flag in the TOML
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "tensorboard", "PIL")
-
-
-@dataclass(frozen=True)
-class ModelFile:
-    """The base model as it was found."""
-
-    file: File
-    size: int  # bytes
-    member: str | None  # its name inside a tar, ESD's early form
-    streamed: bool
 
 
 @dataclass(frozen=True)
@@ -71,7 +59,7 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
     toml: list[Setting] = []
     kind, beside, gpu = request.kind, None, find_gpu()
     with collecting(problems):
-        model, kind = _model(request, storage)
+        model, kind = base_model.find(request, storage)
     with collecting(problems):
         toml, beside = _toml(request, storage)
     held = kind or "sdxl"  # which has every option, where the base model has a problem of its own
@@ -82,6 +70,9 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
     if kind is not None:
         merged, wrong = rules.settle(kind, merged)
         problems += wrong
+        if model is not None:
+            merged, wrong = base_model.settle(model, request.model.where, merged)
+            problems += wrong
         scripts, merged, wrong = _trainer(request, kind, merged, gpu)
         problems += wrong
     with collecting(problems):
@@ -111,47 +102,6 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
     return Plan(
         request, kind, model, data_set, data_files, reg, reg_files, extras, merged, gpu, compat, scripts
     )
-
-
-def _model(request: JobRequest, storage: Storage) -> tuple[ModelFile, Kind]:
-    """The base model's file and, from its header, its kind."""
-    file = files.only(request.model, _MODEL_ENDINGS, "base model", storage)
-    where = f"{request.model.where}: {files.name_of(file)}"
-    try:
-        with files.opened(file, storage) as opened:
-            member, header = _header(opened, files.size(file), files.name_of(file))
-        kind = checkpoint.identify(header)
-    except NotABaseModel as error:
-        fix = "Give a Stable Diffusion 1.5 or SDXL checkpoint as one .safetensors file"
-        raise Unfit([Problem(where, str(error), fix)]) from error
-    except OSError as error:
-        wrong, fix = f"it cannot be read ({error.strerror})", "Check its path and permissions"
-        raise Unfit([Problem(where, wrong, fix)]) from error
-    if request.kind not in (None, kind):
-        wrong = f"it is an {kind} model, and the job asks for {request.kind}"
-        raise Unfit([Problem(where, wrong, f"Give an {request.kind} model, or ask for {kind}")])
-    return ModelFile(file, files.size(file), member, request.model.streamed), kind
-
-
-def _header(file: BinaryIO, size: int, name: str) -> tuple[str | None, checkpoint.Header]:
-    """The header of a safetensors file, or of the one inside a tar together with its name there."""
-    if name.endswith(".ckpt"):
-        raise NotABaseModel("it is a .ckpt, a pickle that can run code when it is loaded")
-    if not name.endswith(".tar"):
-        return None, checkpoint.read_header(file, size)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            found = [member for member in archive if member.isfile() and _is_model(member.name)]
-            inside = archive.extractfile(found[0]) if len(found) == 1 else None
-            if inside is None:
-                raise NotABaseModel(f"the tar holds {len(found)} .safetensors files, and must hold one")
-            return found[0].name, checkpoint.read_header(cast(BinaryIO, inside), found[0].size)
-    except tarfile.TarError as error:
-        raise NotABaseModel(f"it is not a plain tar ({error})") from error
-
-
-def _is_model(name: str) -> bool:
-    return name.endswith(".safetensors") and not PurePosixPath(name).name.startswith("._")  # of macOS
 
 
 def _toml(request: JobRequest, storage: Storage) -> tuple[list[Setting], Location | None]:
@@ -315,12 +265,12 @@ def _sd_scripts(
 
 
 def _to_fetch(model: ModelFile, pictures: Iterable[File], extras: Extras) -> int:
-    """The bytes that are put on disk: what lies in S3 or is streamed, and what comes out of a tar."""
+    """The bytes that are put on disk: what lies in S3 or is streamed, and what is made of the model."""
     singles = [single for found in extras.weights.values() for single in found]
     singles.append(Single(model.file, model.streamed))
     fetched: list[File] = [file for file in pictures if isinstance(file, RemoteObject)]
     fetched += [one.file for one in singles if one.streamed or isinstance(one.file, RemoteObject)]
-    return sum(map(files.size, fetched)) + (0 if model.member is None else model.size)
+    return sum(map(files.size, fetched)) + model.copied
 
 
 def _disk(fetched: int, tree: Tree, scratch: Path) -> list[Problem]:

@@ -1,10 +1,5 @@
-"""Safetensors files, told by their headers: which base model it is, and whether the LoRA works.
+"""Safetensors files, told by their headers: which base model it is, and whether the LoRA works."""
 
-The layout (https://github.com/huggingface/safetensors, "Format"): 8 bytes with the header's length,
-little-endian; the header, JSON, tensor name → dtype, shape, data_offsets; the numbers.
-"""
-
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,59 +9,90 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors
 
+from entrypoint import foreign
 from entrypoint.failures import BadLora
+from entrypoint.header import BYTES, Header, NotABaseModel, WrongFile, read_header
 from kohya import networks
 from kohya.config import KINDS, Kind
 from kohya.networks import Expected
 
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-Header = Mapping[str, Any]
+__all__ = ["Header", "NotABaseModel", "WrongFile", "read_header"]
 
-_SD15_TEXT = "cond_stage_model.transformer."
-_SDXL_TEXT = "conditioner.embedders.1.model."
-_UNET_IN = "model.diffusion_model.input_blocks.0.0.weight"  # (channels, 4, 3, 3)
-
-
-class WrongFile(ValueError):
-    """The file is not what it was given as. Its text names what it is instead."""
-
-
-class NotABaseModel(WrongFile):
-    """The file is not a base model that can be trained. Its text names what it is instead."""
-
-
-def read_header(file: BinaryIO, size: int) -> Header:
-    """The tensors that the safetensors file of `size` bytes says it has, name → dtype, shape, data_offsets.
-
-    Reads the header only. Raises NotABaseModel when the file is no safetensors file, or is cut off.
-    """
-    length = int.from_bytes(file.read(8), "little")
-    if not 2 <= length <= min(MAX_HEADER, size - 8):
-        raise NotABaseModel("it is not a safetensors file (its first 8 bytes give no sensible header length)")
-    try:
-        header = json.loads(file.read(length))
-        tensors = {name: fact for name, fact in header.items() if name != "__metadata__"}
-        end = max((int(fact["data_offsets"][1]) for fact in tensors.values()), default=0)
-    except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
-        raise NotABaseModel("it is not a safetensors file (its header lists no tensors)") from error
-    if end + 8 + length != size:
-        wrong = (
-            f"its header describes {end + 8 + length:,} bytes and it has {size:,}: it is cut off or damaged"
-        )
-        raise NotABaseModel(wrong)
-    return tensors
+_UNET, _VAE, _TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
+_TEXT_1, _TEXT_2 = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+_PARTS = {
+    _UNET: "U-Net",
+    _VAE: "VAE",
+    _TEXT: "text encoder",
+    _TEXT_1: "text encoder",
+    _TEXT_2: "text encoder",
+}
+# Of each part what lies at its ends and deepest. sd-scripts ends in an error over one that is missing
+# (model_util.py:420 the VAE, :1010 the U-Net; sdxl_model_util.py:150).
+_ENDS: Mapping[Kind, tuple[str, ...]] = {
+    "sd15": (
+        f"{_UNET}middle_block.1.proj_in.weight",
+        f"{_UNET}output_blocks.11.1.transformer_blocks.0.attn2.to_k.weight",
+        f"{_UNET}out.2.weight",
+        f"{_TEXT}text_model.embeddings.token_embedding.weight",
+        f"{_TEXT}text_model.encoder.layers.11.mlp.fc2.weight",
+        f"{_VAE}encoder.conv_in.weight",
+        f"{_VAE}decoder.conv_out.weight",
+    ),
+    "sdxl": (
+        f"{_UNET}label_emb.0.0.weight",
+        f"{_UNET}input_blocks.8.1.transformer_blocks.9.attn2.to_k.weight",
+        f"{_UNET}middle_block.1.transformer_blocks.9.attn2.to_k.weight",
+        f"{_UNET}output_blocks.5.1.transformer_blocks.1.attn2.to_k.weight",
+        f"{_UNET}out.2.weight",
+        f"{_TEXT_1}text_model.embeddings.token_embedding.weight",
+        f"{_TEXT_1}text_model.encoder.layers.11.mlp.fc2.weight",
+        f"{_TEXT_2}token_embedding.weight",
+        f"{_TEXT_2}transformer.resblocks.31.mlp.c_proj.weight",
+        f"{_VAE}encoder.conv_in.weight",
+        f"{_VAE}decoder.conv_out.weight",
+    ),
+}
+_PRECISE = {"F16", "BF16", "F32", "F64"}
 
 
 def identify(header: Header) -> Kind:
-    """SD1.5 or SDXL, by the names of the tensors. Raises NotABaseModel, naming what else it is."""
-    if _UNET_IN in header and header[_UNET_IN].get("shape", [0, 0])[1:2] == [4]:
-        if any(name.startswith(_SDXL_TEXT) for name in header) and _has(
-            header, "conditioner.embedders.0.transformer."
-        ):
-            return "sdxl"
-        if _has(header, _SD15_TEXT):
-            return "sd15"
-    raise NotABaseModel(f"it is {_other(header)}, and not an SD1.5 or SDXL base model in one file")
+    """SD1.5 or SDXL, by the names, shapes and types of the tensors. Raises NotABaseModel: what it is."""
+    if other := foreign.model(header):
+        raise _not_one(*other)
+    text = [prefix for prefix in (_TEXT, _TEXT_1, _TEXT_2) if _has(header, prefix)]
+    if foreign.channels(header) != 4 or not (text or _has(header, _VAE)):
+        raise _not_one(*foreign.part(header))
+    kind: Kind = "sdxl" if f"{_UNET}label_emb.0.0.weight" in header else "sd15"
+    for name in _ENDS[kind]:
+        # sd-scripts reads an older form of SD1.5's text encoder as well (model_util.py:968)
+        if name not in header and name.replace(f"{_TEXT}text_model.", _TEXT) not in header:
+            part = next(part for prefix, part in _PARTS.items() if name.startswith(prefix))
+            wrong = f"it is an {kind} model whose {part} lacks {name}, and perhaps more"
+            raise NotABaseModel(wrong, foreign.WHOLE)
+    if rounded := {fact.get("dtype") for name, fact in header.items() if name.startswith(_UNET)} - _PRECISE:
+        wrong = f"it is an {kind} model with weights of the type {min(map(str, rounded))}"
+        raise NotABaseModel(f"{wrong}, too coarse to train on", foreign.PRECISE)
+    return kind
+
+
+def _not_one(what: str, fix: str) -> NotABaseModel:
+    return NotABaseModel(f"it is {what}, and not an SD1.5 or SDXL base model in one file", fix)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the U-Net predicts, as far as its file says."""
+
+    v: bool | None  # the velocity; False: the noise; None: it does not say
+    zero_snr: bool  # trained down to no signal at all
+
+
+def prediction(header: Header, metadata: Mapping[str, str]) -> Prediction:
+    """By the empty tensors v_pred and ztsnr, with which SDXL's v-prediction models are marked (ComfyUI's
+    comfy/supported_models.py), else by the metadata that sd-scripts writes (sai_model_spec.py:436)."""
+    told = {"v": True, "epsilon": False}.get(metadata.get("modelspec.prediction_type", ""))
+    return Prediction(True if "v_pred" in header else told, "ztsnr" in header)
 
 
 def identify_vae(header: Header) -> None:
@@ -78,8 +104,8 @@ def identify_vae(header: Header) -> None:
     if _has(names, "encoder.down_blocks."):
         raise WrongFile("it is a VAE in diffusers' layout, and sd-scripts reads a file in the original one")
     if "encoder.down.0.block.0.norm1.weight" not in names or _has(header, "model.diffusion_model."):
-        raise WrongFile(f"it is {_other(header)}, and not a VAE")
-    channels = names.get("encoder.conv_out.weight", {}).get("shape", [0])[0] // 2  # mean and variance
+        raise WrongFile(f"it is {foreign.named(header)[0]}, and not a VAE")
+    channels = (names.get("encoder.conv_out.weight", {}).get("shape") or [0])[0] // 2  # mean and variance
     if channels != 4:
         raise WrongFile(f"it is a VAE with {channels} latent channels, and not one for SD1.5 or SDXL")
 
@@ -95,7 +121,7 @@ def identify_lora(header: Header) -> Kind:
     for kind in KINDS:
         if not found.isdisjoint(networks.modules(kind)):
             return kind
-    raise WrongFile(f"it is {_other(header)}, and not an SD1.5 or SDXL LoRA with kohya's names")
+    raise WrongFile(f"it is {foreign.named(header)[0]}, and not an SD1.5 or SDXL LoRA with kohya's names")
 
 
 def modules_of(header: Header) -> set[str]:
@@ -106,7 +132,7 @@ def modules_of(header: Header) -> set[str]:
 def ranks(header: Header, names: Iterable[str]) -> set[int]:
     """The ranks that these modules of a LoRA have."""
     down = (header.get(f"{name}.lora_down.weight") for name in names)
-    return {int(fact.get("shape", [0])[0]) for fact in down if fact is not None}
+    return {int((fact.get("shape") or [0])[0]) for fact in down if fact is not None}
 
 
 def alpha(file: BinaryIO, start: int, header: Header) -> float | None:
@@ -115,38 +141,13 @@ def alpha(file: BinaryIO, start: int, header: Header) -> float | None:
     if fact.get("dtype") not in (*_DTYPES, "BF16"):
         return None
     begin, end = fact["data_offsets"]
+    if end - begin != BYTES[fact["dtype"]]:  # it is one number
+        return None
     file.seek(start + begin)
     content = file.read(end - begin)
     if fact["dtype"] == "BF16":  # the upper half of a float32
         return float(np.frombuffer(b"\0\0" + content, np.float32)[0])
     return float(np.frombuffer(content, _DTYPES[fact["dtype"]])[0])
-
-
-_OTHERS = {  # how the tensors' names begin → what it is
-    "lora_": "a LoRA",
-    "unet.": "a LoRA in diffusers' format",
-    "double_blocks.": "a Flux model",
-    "model.diffusion_model.double_blocks.": "a Flux model",
-    "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 model",
-    "cond_stage_model.model.": "a Stable Diffusion 2 model",
-    "conditioner.embedders.0.model.": "the SDXL refiner",
-    "text_model.": "a text encoder",
-    "down_blocks.": "a U-Net in diffusers' format",
-    "model.diffusion_model.": "a checkpoint with a U-Net",
-    "first_stage_model.": "a VAE",
-    "encoder.": "a VAE",
-}
-
-
-def _other(header: Header) -> str:
-    """What a file that is no base model is instead."""
-    channels = header.get(_UNET_IN, {}).get("shape", [0, 0])[1:2]
-    if channels == [9]:
-        return "an inpainting model"
-    for prefix, name in _OTHERS.items():
-        if _has(header, prefix):
-            return name
-    return f"something else (its first tensor is {next(iter(header), 'missing')})"
 
 
 def _has(header: Header, prefix: str) -> bool:

@@ -46,21 +46,24 @@ def _walk(root: Path) -> Iterator[Path]:
         yield from (path for name in files if (path := Path(folder, name)).is_file())
 
 
-def matching(source: Source, endings: tuple[str, ...], what: str, storage: Storage) -> dict[str, File]:
+def matching(
+    source: Source, endings: tuple[str, ...], what: str, storage: Storage, *, others: tuple[str, ...] = ()
+) -> dict[str, File]:
     """The file that `source` names, or those with such an ending in the folder that it names, by name.
 
+    `others` are endings that count too, and that a refusal does not ask for.
     There is at least one: raises Unfit where there is none, StorageError where S3 says no.
     """
     location = source.location
     where = f"{source.where}: {location}"
-    if isinstance(location, S3Uri) and location.key.endswith(endings):
+    if isinstance(location, S3Uri) and location.key.endswith((*endings, *others)):
         return {location.name: storage.head(location)}
     if isinstance(location, Path) and location.is_file():
         return {location.name: location}
     if isinstance(location, Path) and not location.is_dir():
         raise Unfit([Problem(where, "there is no such file or folder", "Correct the path")])
     files = listing(source, storage)
-    found = {name: file for name, file in sorted(files.items()) if name.endswith(endings)}
+    found = {name: file for name, file in sorted(files.items()) if name.endswith((*endings, *others))}
     if not found:
         wrong = f"there is no {what} ({', '.join(endings)})"
         raise Unfit([Problem(where, wrong, "Put the file there, or name it")])

@@ -6,13 +6,13 @@ import json
 import os
 import signal
 import sys
-import tarfile
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from entrypoint import console, dataset, pictures, publish, stops, trainer
+from entrypoint import model as base_model
 from entrypoint.check import Plan, check
 from entrypoint.checkpoint import Lora, verify_lora
 from entrypoint.console import fail, say, warn
@@ -23,7 +23,6 @@ from entrypoint.failures import (
     JobError,
     Problem,
     Stopped,
-    StorageError,
     TrainerFailed,
     Unfit,
     collecting,
@@ -130,7 +129,7 @@ def prepare(inputs: Inputs, tree: Tree, work: Path) -> Prepared:
         links = dataset.link(plan.reg, inputs.reg, work / "reg")
         origins |= {str(path): _named(plan.reg_files[name]) for path, name in links.items()}
     owned: dict[str, object] = {
-        "pretrained_model_name_or_path": str(_unpacked(inputs, work)),
+        "pretrained_model_name_or_path": str(base_model.unpacked(plan.model, inputs.model, work)),
         "output_dir": str(output),
         "logging_dir": str(logs),
         "tokenizer_cache_dir": str(tokenizers.folder()),
@@ -284,23 +283,6 @@ def _good_ones(prepared: Prepared) -> list[Lora]:
         except BadLora as error:
             warn(f"not published: {error}")
     return good
-
-
-def _unpacked(inputs: Inputs, work: Path) -> Path:
-    """The base model as a .safetensors file, taken out of its tar if it is in one."""
-    member = inputs.plan.model.member
-    if member is None:
-        return inputs.model
-    target = work / "model.safetensors"
-    with tarfile.open(inputs.model, mode="r:") as archive, target.open("wb") as out:
-        inside = archive.extractfile(member)
-        if inside is None:
-            raise StorageError(
-                Problem(str(inputs.model), f"{member} is no file in the tar", "Upload it again")
-            )
-        while chunk := inside.read(1 << 24):
-            out.write(chunk)
-    return target
 
 
 def _named(file: File) -> str:

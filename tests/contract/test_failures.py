@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from entrypoint.storage import S3Uri
 from kohya.config import Kind
 from tests.harness import TINY, Job, Result
 from tests.s3 import S3Server
+from tests.unit.test_ckpt import Runs
 
 SECONDS = 20  # from process start to exit, on a machine that is busy with other tests
 
@@ -138,7 +140,8 @@ def test_model_of_another_kind(ready: Job, tmp_path: Path) -> None:
         ("lora", "it is a LoRA"),
         ("cut", "cut off or damaged"),
         ("text", "not a safetensors file"),
-        ("old.ckpt", "a pickle"),
+        ("words.ckpt", "no .ckpt"),
+        ("code.ckpt", "calls posix.system when it is loaded"),
     ],
 )
 def test_what_is_no_base_model(ready: Job, tmp_path: Path, name: str, said: str) -> None:
@@ -148,11 +151,14 @@ def test_what_is_no_base_model(ready: Job, tmp_path: Path, name: str, said: str)
     elif name == "cut":
         save_file({"a": np.zeros(100, np.float32)}, file)
         os.truncate(file, file.stat().st_size - 1)
+    elif name == "code.ckpt":
+        torch.save({"a": Runs(os.system, f"touch {tmp_path}/ran")}, file)
     else:
         file.write_text("words " * 100)
     (ready.tree / "input/data/model/sd15.safetensors").unlink()
     ready.tree.joinpath("input/data/model", file.name).symlink_to(file)
     assert_refused(ready, ready.run(), f"channel model: {ready.tree}/input/data/model/{file.name}", said)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_two_hosts_and_pipe_mode(ready: Job) -> None:

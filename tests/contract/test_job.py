@@ -7,7 +7,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from entrypoint.storage import S3Uri
@@ -246,8 +248,10 @@ def test_esd(
 ) -> None:
     """As stable-diffusion-aws-extension starts it, and as it reads the bucket afterwards."""
     job.environment |= s3.environment
-    model = put(s3, bucket / "Stable-diffusion/checkpoint/base.safetensors", base_models[kind])
-    if kind == "sd15":  # ESD's early form
+    if kind == "sdxl":
+        torch.save({"state_dict": load_file(base_models[kind])}, job.scratch / "base.ckpt")
+        model = put(s3, bucket / "Stable-diffusion/checkpoint/base.ckpt", job.scratch / "base.ckpt")
+    else:  # ESD's early form
         archive = job.scratch / "base.tar"
         with tarfile.open(archive, "w") as tar:
             tar.add(base_models[kind], "models/base.safetensors")
@@ -283,6 +287,7 @@ def test_esd(
     result = job.run("--trainer=builtin", "--save_last_n_epochs=")  # which builtin does not have
 
     assert_completed(result, job, kind)
+    assert "becomes one .safetensors file" in result.out
     assert "lr_restart_cycles is read as lr_scheduler_num_cycles" in result.out
     assert "train_data_dir is the job's to choose, and was replaced" in result.out
     output = keys(s3, bucket / "Stable-diffusion/checkpoint/custom/1f")

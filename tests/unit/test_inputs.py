@@ -98,7 +98,7 @@ def test_a_vae(asked: Asked, prefix: str) -> None:
 @pytest.mark.parametrize(
     ("shapes", "said"),
     [
-        ({**VAE, "model.diffusion_model.input_blocks.0.0.weight": (1,)}, "a checkpoint with a U-Net"),
+        ({**VAE, "model.diffusion_model.input_blocks.0.0.weight": (1,)}, "it is a U-Net"),
         ({"lora_unet_x.alpha": ()}, "it is a LoRA, and not a VAE"),
         ({"encoder.down_blocks.0.x": (1,)}, "diffusers' layout"),
         ({**VAE, "encoder.conv_out.weight": (32, 512, 3, 3)}, "16 latent channels"),

@@ -1,0 +1,298 @@
+"""entrypoint.ckpt and entrypoint.pickled: what torch.save writes, and what somebody else may."""
+
+import collections
+import io
+import pickle
+import struct
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from entrypoint import ckpt
+from entrypoint.checkpoint import identify
+from entrypoint.header import NotABaseModel
+from tests.unit.test_checkpoint import names_and_shapes
+
+
+class Runs:
+    """Runs `function` when it is unpickled by somebody who is not careful."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self._made_by = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self._made_by
+
+
+def saved(content: Any, **options: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file.getvalue()
+
+
+def rewritten(content: bytes, change: Any, compression: int = zipfile.ZIP_STORED) -> bytes:
+    """A .ckpt with other content in one of its entries; None leaves it out."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w", compression) as new:
+        for name in old.namelist():
+            if (inside := change(name, old.read(name))) is not None:
+                new.writestr(name, inside)
+    return file.getvalue()
+
+
+def with_deflated_numbers(content: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w") as new:
+        for name in old.namelist():
+            deflated = zipfile.ZIP_DEFLATED if name.endswith("data/0") else zipfile.ZIP_STORED
+            new.writestr(name, old.read(name), deflated)
+    return file.getvalue()
+
+
+def with_pickle(program: bytes) -> bytes:
+    whole = saved({"a": torch.zeros(2)})
+    return rewritten(whole, lambda name, inside: program if name.endswith("data.pkl") else inside)
+
+
+def told(content: bytes) -> str:
+    with pytest.raises(NotABaseModel) as error:
+        ckpt.read_header(io.BytesIO(content), len(content))
+    return f"{error.value}. {error.value.fix}"
+
+
+def converted(content: bytes, folder: Path) -> dict[str, torch.Tensor]:
+    (folder / "m.ckpt").write_bytes(content)
+    ckpt.convert(folder / "m.ckpt", folder / "m.safetensors")
+    return load_file(folder / "m.safetensors")
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    whole = torch.arange(24, dtype=torch.float32)
+    return {
+        "half": torch.randn(3, 4).half(),
+        "single": whole.reshape(4, 6),
+        "bfloat": torch.randn(5).bfloat16(),
+        "double": torch.randn(2).double(),
+        "long": torch.arange(77).expand((1, -1)),
+        "int": torch.arange(3, dtype=torch.int32),
+        "byte": torch.arange(3, dtype=torch.uint8),
+        "bool": torch.tensor([True, False]),
+        "scalar": torch.tensor(0.5),
+        "empty": torch.tensor([]),
+        "turned": whole.reshape(4, 6).T,  # of the same storage
+        "part": whole[5:9],
+        "conv": torch.randn(2, 3, 3, 3).to(memory_format=torch.channels_last),
+        "parameter": torch.nn.Parameter(torch.randn(3)),
+    }
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("nested", [False, True])
+def test_every_tensor_is_copied_as_it_is(protocol: int, nested: bool, tmp_path: Path) -> None:
+    wanted = tensors()
+    content = {"state_dict": wanted, "epoch": 3, "lr": 1e-4, "hyper": [None, (1, b"x")]} if nested else wanted
+    whole = saved(content, pickle_protocol=protocol)
+    found = converted(whole, tmp_path)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor.data), name
+    facts = ckpt.read_header(io.BytesIO(whole), len(whole))
+    assert {name: fact["shape"] for name, fact in facts.items()} == {
+        name: list(tensor.shape) for name, tensor in wanted.items()
+    }
+    assert facts["bfloat"]["dtype"] == "BF16"
+
+
+def test_what_is_no_tensor_is_left_out(tmp_path: Path) -> None:
+    content = collections.OrderedDict(
+        a=torch.ones(2), note="text", more={"b": torch.ones(1)}, odd=collections.defaultdict(list, x=1)
+    )
+    content[3] = torch.ones(1)  # type: ignore[index]
+    content["__metadata__"] = torch.ones(1)
+    content._metadata = {"version": 1}  # type: ignore[attr-defined]
+    assert converted(saved(content), tmp_path).keys() == {"a"}
+
+
+def test_lightnings_callbacks_are_no_reason_to_refuse(tmp_path: Path) -> None:
+    """sd-v1-4.ckpt has them; torch.load(weights_only=True) refuses it."""
+    whole = saved({"state_dict": {"a": torch.ones(2)}, "callbacks": {"x": "PLACE"}})
+    call = b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n)\x81"
+
+    def change(name: str, inside: bytes) -> bytes:
+        return inside.replace(b"X\x05\x00\x00\x00PLACE", call) if name.endswith("data.pkl") else inside
+
+    assert converted(rewritten(whole, change), tmp_path).keys() == {"a"}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickle_that_would_run_code_is_refused_by_name(protocol: int, tmp_path: Path) -> None:
+    import os  # noqa: PLC0415
+
+    proof = tmp_path / "was-here"
+    for function, arguments, name in (
+        (os.system, (f"touch {proof}",), "posix.system"),
+        (eval, (f"open({str(proof)!r}, 'w')",), "eval"),
+        (torch.hub.load, ("x", "y"), "torch.hub.load"),
+        (torch.load, (str(proof),), "torch.serialization.load"),
+    ):
+        for content in ({"a": torch.ones(1), "b": Runs(function, *arguments)}, Runs(function, *arguments)):
+            said = told(saved(content, pickle_protocol=protocol))
+            assert f"calls {name}" in said or f"calls builtins.{name}" in said or f".{name} when" in said
+            assert "from a source that you trust" in said
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (b"\x80\x02N.", "it holds no table of tensors"),
+        (b"\x80\x02}.", "it holds no tensors"),
+        (b"\x80\x02}X\x0a\x00\x00\x00state_dictNs.", "it holds no table of tensors"),
+        (b"\x80\x02", "a damaged one (ValueError"),
+        (b"", "a damaged one (ValueError"),
+        (b"\xff.", "a damaged one (ValueError"),
+        (b".", "a damaged one (IndexError"),
+        (b"h\x05.", "a damaged one (KeyError"),
+        (b"0.", "its pickle does POP"),
+        (b"(ios\nsystem\n.", "its pickle does INST"),
+        (b"\x82\x01.", "its pickle does EXT1"),
+        (b"cos\nsystem\n.", "it is a pickle that calls os.system"),
+        (b"\x8c\x02os\x8c\x06system\x93.", "it is a pickle that calls os.system"),
+        (b"c__builtin__\neval\n.", "calls __builtin__.eval"),
+        (b"ctorch\nFloatStorage\n)R.", "a damaged one (ValueError: a call that makes no tensor"),
+        (b"N(Ne.", "a damaged one (AttributeError"),
+        (b"N)R.", "a damaged one (ValueError: a call that makes no tensor"),
+        (b"NQ.", "a damaged one (ValueError: a storage that is none"),
+        (
+            b"r\xff\xff\xff\xff.",
+            "a damaged one (IndexError",
+        ),  # LONG_BINPUT: a memo of 64 GB
+        (b"\x96" + struct.pack("<Q", 1 << 40) + b".", "a damaged one (ValueError"),  # BYTEARRAY8: 1 TB
+        (b"\x8d" + struct.pack("<Q", 1 << 40) + b".", "a damaged one (ValueError"),  # BINUNICODE8
+        (
+            b"}" + b")" + b"\x85" * 100_000 + b"Ns.",
+            "it holds no tensors",
+        ),  # its hash would end the process
+        (b"}X\x01\0\0\0a]q\0h\0as.", "it holds no tensors"),  # a list in itself
+        (b"N" * 1_000_001 + b".", "does more than that of any model"),
+    ],
+    ids=range(24),
+)
+def test_hostile_pickles(program: bytes, said: str) -> None:
+    begun = time.monotonic()
+    assert said in told(with_pickle(program))
+    assert time.monotonic() - begun < 10
+
+
+def tensor_with(**changes: Any) -> bytes:
+    """A .ckpt of one tensor whose pickle tells something else of it."""
+    facts = {"offset": 0, "shape": (2,), "strides": (1,), "numbers": 2, "key": "0", **changes}
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, item: Any) -> Any:
+            return (
+                ("storage", torch.FloatStorage, facts["key"], "cpu", facts["numbers"])
+                if item is here
+                else None
+            )
+
+    here = object()
+    arguments = here, facts["offset"], facts["shape"], facts["strides"], False, {}
+    out = io.BytesIO()
+    Pickler(out, 2).dump({"a": Runs(torch._utils._rebuild_tensor_v2, *arguments)})
+    return with_pickle(out.getvalue())
+
+
+def test_a_tensor_lies_in_its_storage(tmp_path: Path) -> None:
+    assert torch.equal(converted(tensor_with(), tmp_path)["a"], torch.zeros(2))
+    for changes, said in (
+        ({"key": "7"}, "the numbers of a are not in it"),
+        ({"key": "../0"}, "the numbers of a are not in it"),
+        ({"numbers": 3}, "do not lie in it"),
+        ({"offset": 1}, "do not lie in it"),
+        ({"strides": (2,)}, "do not lie in it"),
+        ({"offset": -1}, "makes no tensor"),
+        ({"strides": (-1,)}, "makes no tensor"),
+        ({"shape": (1 << 50,), "strides": (0,)}, "makes no tensor"),
+        ({"shape": (1 << 20,), "strides": (0,)}, "makes no tensor"),
+        ({"shape": (2, 1)}, "makes no tensor"),
+        ({"shape": ("2",)}, "makes no tensor"),
+        ({"shape": (1,) * 9, "strides": (1,) * 9}, "makes no tensor"),
+    ):
+        assert said in told(tensor_with(**changes)), changes
+
+
+def test_a_little_that_shows_as_much_is_refused() -> None:
+    numbers = torch.zeros(1000)
+    assert "again and again" in told(saved({str(number): numbers.view(1000) for number in range(300)}))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "it is empty"),
+        (b"words " * 100, "it is no .ckpt as PyTorch writes it since 1.6"),
+        (saved({"a": torch.ones(1)}, _use_new_zipfile_serialization=False), "as PyTorch wrote it before 1.6"),
+        ((70).to_bytes(8, "little") + b'{"a": 1}' + bytes(100), "Name it .safetensors"),
+        (saved({"a": torch.ones(1)})[:-1], "a damaged one (BadZipFile"),
+        (saved({"a": torch.ones(1)})[:300], "a damaged one (BadZipFile"),
+    ],
+    ids=range(6),
+)
+def test_what_is_no_ckpt(content: bytes, said: str) -> None:
+    assert said in told(content)
+
+
+def test_zips_that_torch_does_not_write() -> None:
+    whole = saved({"a": torch.ones(4)})
+    assert "without a data.pkl" in told(
+        rewritten(whole, lambda name, inside: None if name.endswith("data.pkl") else inside)
+    )
+    assert "or compressed" in told(rewritten(whole, lambda _, inside: inside, zipfile.ZIP_DEFLATED))
+    assert "larger than that of any model" in told(with_pickle(bytes(ckpt.MAX_PICKLE + 1)))
+    assert "their bytes in another order" in told(
+        rewritten(whole, lambda name, inside: b"big" if name.endswith("byteorder") else inside)
+    )
+    assert "do not lie in it" in told(
+        rewritten(whole, lambda name, inside: inside[:8] if name.endswith("data/0") else inside)
+    )
+    assert "do not lie in it" in told(with_deflated_numbers(whole))
+    beyond = bytearray(tensor_with(numbers=1 << 20, shape=(1 << 20,)))
+    record = beyond.rindex(b"PK\x01\x02", 0, beyond.rindex(b"archive/data/0"))
+    beyond[record + 20 : record + 28] = struct.pack("<II", 4 << 20, 4 << 20)
+    assert "do not lie in it" in told(bytes(beyond))
+    encrypted = bytearray(whole)
+    for place in (whole.index(b"PK\x03\x04") + 6, whole.index(b"PK\x01\x02") + 8):
+        encrypted[place] |= 1
+    assert "a damaged one (RuntimeError" in told(bytes(encrypted))
+
+
+def test_a_ckpt_that_changed_since_its_header_was_read(tmp_path: Path) -> None:
+    whole = saved({"a": torch.ones(4)})
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        at = next(info.header_offset for info in archive.infolist() if info.filename.endswith("data/0"))
+    with pytest.raises(NotABaseModel, match="is not where its directory says"):
+        converted(whole[:at] + b"XXXX" + whole[at + 4 :], tmp_path)
+
+
+def test_a_real_size_pickle_is_read_in_a_second() -> None:
+    shapes = names_and_shapes("base_sdxl")
+    whole = saved(
+        {"state_dict": {name: torch.zeros([0, *shape[1:]]).half() for name, shape in shapes.items()}}
+    )
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        facts = ckpt.read_header(io.BytesIO(whole), len(whole))
+        seconds.append(time.perf_counter() - begun)
+    assert min(seconds) < 1
+    assert len(facts) == len(shapes)
+    for name, shape in shapes.items():
+        facts[name]["shape"] = shape
+    assert identify(facts) == "sdxl"
