@@ -42,12 +42,12 @@ def problems(request: JobRequest, merged: Merged, extras: Extras) -> list[Proble
 def room(request: JobRequest, pictures: Mapping[str, File]) -> int:
     """An estimate of the bytes that the resized pictures take.
 
-    A photograph of 4:3 as PNG has some 1.5 bytes a pixel. A small file is a small picture, and not resized;
-    a JPEG has seldom less than 1 bit a pixel.
+    A photograph has some 1.8 bytes a pixel as PNG, and sides of 4:3. A small file is a small picture, and not
+    resized; a JPEG has seldom less than 1 bit a pixel.
     """
     side = request.resize or 0
     sizes = (files.size(file) for name, file in pictures.items() if name.lower().endswith(PICTURES))
-    return sum(min(2 * side * side, 16 * size) for size in sizes)
+    return sum(min(5 * side * side // 2, 16 * size) for size in sizes)
 
 
 def resized(size: tuple[int, int], side: int, crop: bool) -> tuple[int, int]:

@@ -197,4 +197,4 @@ def test_the_room_is_estimated(asked: Callable[..., JobRequest], tmp_path: Path)
     for name, size in (("large.JPG", 1 << 20), ("small.png", 1 << 10), ("large.txt", 1 << 20)):
         (tmp_path / name).write_bytes(bytes(size))
         given[name] = tmp_path / name
-    assert resize.room(asked(resize="512"), given) == 2 * 512 * 512 + 16 * 1024
+    assert resize.room(asked(resize="512"), given) == 2.5 * 512 * 512 + 16 * 1024
