@@ -194,7 +194,6 @@ class _Session:
         import onnxruntime  # noqa: PLC0415 — of the extra `caption`, and for nothing else
 
         self._where = files.name_of(tagger.model.file)
-        onnxruntime.set_default_logger_severity(4)  # what is wrong is told here
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = os.cpu_count() or 1
         try:

@@ -283,8 +283,11 @@ def test_pixels(tmp_path: Path) -> None:
         ("2023_(year)", "2023 (year)"),
         ("été_(season)", "été (season)"),
         # those that SmilingWolf's own page spares
-        *((face, face) for face in "0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_<".split()),
-        *((face, face) for face in "3_3 6_9 >_o @_@ ^_^ o_o u_u x_x |_| ||_||".split()),
+        *(
+            (face, face)
+            for face in ["0_0", "(o)_(o)", "+_+", "+_-", "._.", "<o>_<o>", "<|>_<|>", "=_=", ">_<"]
+        ),
+        *((face, face) for face in ["3_3", "6_9", ">_o", "@_@", "^_^", "o_o", "u_u", "x_x", "|_|", "||_||"]),
     ],
 )
 def test_spelling(tag: str, spelled: str) -> None:
@@ -317,7 +320,9 @@ def test_a_model_that_is_damaged(
     assert isinstance(model, Path)
     model.write_bytes(content)
     pictures.add("a.png", Image.new("RGB", (40, 40)))
-    assert refused(pictures.write).startswith(f"{model}: it cannot be loaded (")
+    told = refused(pictures.write)
+    assert told.startswith(f"{model}: it cannot be loaded (")
+    assert str(model) not in told.partition("(")[2]
     assert capfd.readouterr().err == ""
 
 
