@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from entrypoint import captions, dataset
+from entrypoint import captions, check, dataset
 from entrypoint.captions import Tagger, find, write
 from entrypoint.contract import Tree
 from entrypoint.failures import Unfit
 from entrypoint.files import Single
+from entrypoint.inputs import Extras
 from entrypoint.request import Captioning, resolve
 from entrypoint.storage import Storage
 from tests.tagger import TAGS, write_tagger
@@ -119,6 +120,14 @@ def test_a_list_of_tags_that_is_none(
     told = refused(lambda: asked(caption="wd14", tagger_uri=str(folder)))
     assert f"flag --tagger_uri: {folder / 'selected_tags.csv'}: " in told
     assert said in told
+
+
+def test_a_tagger_that_is_fetched_needs_room(folder: Path, tmp_path: Path) -> None:
+    size = (folder / "model.onnx").stat().st_size
+    base, nothing = check.ModelFile(tmp_path / "base", 10**9, None, streamed=False), Extras({}, None, None)
+    for streamed in (True, False):
+        tagger = Tagger(Captioning(""), "", Single(folder / "model.onnx", streamed), ())
+        assert check._to_fetch(base, [], nothing, tagger) == (size if streamed else 0)
 
 
 class Pictures:
