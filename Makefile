@@ -44,7 +44,7 @@ env: $(READY) ## Make the Python environment in .venv
 
 $(READY): pyproject.toml docker/vocabulary.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --editable '.[train,demo,test]'
+	$(VENV)/bin/pip install --quiet --editable '.[train,caption,demo,test]'
 	$(VENV)/bin/pip install --quiet --no-deps --require-hashes --requirement docker/vocabulary.txt
 	$(VENV)/bin/python -m kohya.tokenizers
 	@touch $@

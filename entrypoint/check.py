@@ -6,11 +6,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from entrypoint import console, files, inputs
+from entrypoint import captions, console, files, inputs, resize
 from entrypoint import model as base_model
+from entrypoint.captions import Tagger
 from entrypoint.contract import Tree
 from entrypoint.dataset import DataSet
 from entrypoint.failures import Problem, Unfit, collecting
@@ -18,7 +19,7 @@ from entrypoint.files import File, Single
 from entrypoint.gpu import Compat, Gpu, compatibility, find_gpu
 from entrypoint.inputs import Extras
 from entrypoint.model import ModelFile
-from entrypoint.request import JobRequest, Location, Source, Trainer
+from entrypoint.request import ESD_TAGGER, Captioning, JobRequest, Location, Source, Trainer
 from entrypoint.storage import RemoteObject, S3Uri, Storage
 from kohya import config, rules, sd_scripts, tokenizers
 from kohya.builtin.options import problems as builtin_problems
@@ -28,7 +29,6 @@ from kohya.sd_scripts import SdScripts
 OUTPUT_BYTES = 1_000_000_000  # room for LoRAs, event logs and the trainer's own files
 LONGEST_TMPDIR = 50  # characters, to which the job's and the workers' own folders are added
 SHARED_MEMORY = 1 << 30  # bytes in /dev/shm, with which loader workers get on
-_ESD_TAGGER = "enable_wd14_tagger"  # ESD's WebUI leaves its captioning flag in the TOML
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "tensorboard", "PIL")
 
 
@@ -48,12 +48,13 @@ class Plan:
     gpu: Gpu | None
     compat: Compat | None  # None: the driver's own libraries serve
     sd_scripts: SdScripts | None  # None: the built-in trainer
+    tagger: Tagger | None  # None: no captions are asked for
 
 
 def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> Plan:
     """Look at everything that was named, without fetching it. Raises Unfit with every problem found."""
     problems = list(request.problems)
-    model, data_set, reg, scripts, compat = None, None, None, None, None
+    model, data_set, reg, scripts, compat, tagger = None, None, None, None, None, None
     data_files: dict[str, File] = {}
     reg_files: dict[str, File] = {}
     toml: list[Setting] = []
@@ -62,11 +63,15 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
         model, kind = base_model.find(request, storage)
     with collecting(problems):
         toml, beside = _toml(request, storage)
+    request, toml = _esd_captioning(request, toml)
+    with collecting(problems):
+        tagger = captions.find(request, storage)
     held = kind or "sdxl"  # which has every option, where the base model has a problem of its own
     merged = config.merge(held, [config.preset(held), _machine(gpu), toml, *request.layers])
     problems += merged.problems
     extras, merged, wrong = inputs.find(request, beside, kind, merged, storage)
     problems += wrong
+    problems += resize.problems(request, merged, extras)
     if kind is not None:
         merged, wrong = rules.settle(kind, merged)
         problems += wrong
@@ -95,13 +100,15 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
         if problem := _unwritable(folder, "Set SAGEMAKER_BASE_DIR to a folder of your own"):
             problems.append(problem)
     if model is not None and data_set is not None:
-        remote = _to_fetch(model, [*data_files.values(), *reg_files.values()], extras)
+        remote = _to_fetch(model, [*data_files.values(), *reg_files.values()], extras, tagger)
+        remote += resize.room(request, data_files) + resize.room(request, reg_files)
         problems += _disk(remote, tree, scratch)
     if problems or model is None or kind is None or data_set is None:
         raise Unfit(problems)
     return Plan(
-        request, kind, model, data_set, data_files, reg, reg_files, extras, merged, gpu, compat, scripts
-    )
+        request, kind, model, data_set, data_files, reg, reg_files, extras, merged, gpu, compat, scripts,
+        tagger,
+    )  # fmt: skip
 
 
 def _toml(request: JobRequest, storage: Storage) -> tuple[list[Setting], Location | None]:
@@ -116,15 +123,21 @@ def _toml(request: JobRequest, storage: Storage) -> tuple[list[Setting], Locatio
     for setting in settings:
         if setting.name in console.SECRET_OPTIONS:
             console.hide(map(str, setting.value if isinstance(setting.value, list) else [setting.value]))
-    if request.flat:
-        asked = [setting for setting in settings if setting.name == _ESD_TAGGER]
-        settings = tuple(setting for setting in settings if setting.name != _ESD_TAGGER)
-        if asked and str(asked[0].value).lower() not in ("false", ""):
-            wrong = f"{_ESD_TAGGER} asks for captions, and this image holds no tagger"
-            problems.append(Problem(asked[0].where, wrong, f"Write {_ESD_TAGGER} = false"))
     if problems:
         raise Unfit(problems)
     return list(settings), files.folder_of(file)
+
+
+def _esd_captioning(request: JobRequest, toml: list[Setting]) -> tuple[JobRequest, list[Setting]]:
+    """ESD's TOML without its captioning flag, and the request with it, if the parameters did not have it."""
+    if not request.flat:
+        return request, toml
+    for setting in toml:
+        if setting.name == ESD_TAGGER and str(setting.value).lower() not in ("false", ""):
+            where = f"{setting.where}: {ESD_TAGGER}"
+            request = replace(request, caption=request.caption or Captioning(where))
+    ours = (ESD_TAGGER, "general_threshold", "character_threshold")
+    return request, [setting for setting in toml if setting.name not in ours]
 
 
 def _configuration(request: JobRequest, source: Source, storage: Storage) -> tuple[File, str] | None:
@@ -264,10 +277,10 @@ def _sd_scripts(
     return config.change(merged, own, "the job"), problems
 
 
-def _to_fetch(model: ModelFile, pictures: Iterable[File], extras: Extras) -> int:
+def _to_fetch(model: ModelFile, pictures: Iterable[File], extras: Extras, tagger: Tagger | None) -> int:
     """The bytes that are put on disk: what lies in S3 or is streamed, and what is made of the model."""
     singles = [single for found in extras.weights.values() for single in found]
-    singles.append(Single(model.file, model.streamed))
+    singles += [Single(model.file, model.streamed), *([tagger.model] if tagger else [])]
     fetched: list[File] = [file for file in pictures if isinstance(file, RemoteObject)]
     fetched += [one.file for one in singles if one.streamed or isinstance(one.file, RemoteObject)]
     return sum(map(files.size, fetched)) + model.copied

@@ -15,7 +15,7 @@ from typing import Any
 from entrypoint.console import redact, warn
 from kohya.problem import Problem
 
-CHANNELS = ("model", "dataset", "config", "vae", "reg", "weights")
+CHANNELS = ("model", "dataset", "config", "vae", "reg", "weights", "tagger")
 FAILURE_BYTES = 980  # SageMaker keeps 1,024 characters of the failure file and adds words of its own
 _PLATFORM = ("sagemaker_", "_tuning_")  # hyperparameters that the SDK and tuning jobs add for themselves
 _MANIFEST = "-manifest"  # SageMaker puts a file <channel>-manifest beside some channels

@@ -92,14 +92,14 @@ def pictures(
         told = extras.dataset_config.folders if extras.dataset_config else ()
         wanted = [folder for folder in told if folder.is_reg == is_reg]
         data_set, problems = dataset.inspect_folders(
-            sizes, where, wanted, allow_missing_captions=request.allow_missing_captions
+            sizes, where, wanted, allow_missing_captions=request.may_lack_captions
         )
     else:
         data_set, problems = dataset.inspect(
             sizes,
             where,
             caption_extension=str(values.get("caption_extension", ".txt")),
-            allow_missing_captions=request.allow_missing_captions or is_reg,
+            allow_missing_captions=request.may_lack_captions or is_reg,
             flat=not is_reg,
         )
     return data_set, {name: found[name] for name in data_set.files}, problems

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from entrypoint import console, dataset, pictures, publish, stops, trainer
+from entrypoint import captions, console, dataset, pictures, publish, resize, stops, trainer
 from entrypoint import model as base_model
 from entrypoint.check import Plan, check
 from entrypoint.checkpoint import Lora, verify_lora
@@ -98,8 +98,9 @@ def fetch(plan: Plan, storage: Storage) -> Inputs:
     weights = {option: [alone(single) for single in found] for option, found in plan.extras.weights.items()}
     files = below(request.dataset, plan.dataset_files)
     reg = below(request.reg, plan.reg_files) if request.reg else {}
+    tagger = alone(plan.tagger.model) if plan.tagger else None
     fetched = storage.fetch(wanted, root) if wanted else ()
-    return Inputs(plan, model, files, reg, weights, fetched)
+    return Inputs(plan, model, files, reg, weights, tagger, fetched)
 
 
 def look(inputs: Inputs) -> None:
@@ -124,9 +125,21 @@ def prepare(inputs: Inputs, tree: Tree, work: Path) -> Prepared:
     output.mkdir()
     logs.mkdir(parents=True, exist_ok=True)
     links = dataset.link(plan.dataset, inputs.dataset, work / "dataset")
+    links = resize.apply(plan.request, links, plan.dataset_files)
+    written = captions.write(
+        plan.tagger,
+        inputs.tagger,
+        plan.dataset,
+        root=work / "dataset",
+        links=links,
+        given=plan.dataset_files,
+    )
+    if written:
+        say(f"prepare: the captions are kept in {tree.data / 'captions'}, where they can be corrected")
     origins = {str(path): _named(plan.dataset_files[name]) for path, name in links.items()}
     if plan.reg is not None:
         links = dataset.link(plan.reg, inputs.reg, work / "reg")
+        links = resize.apply(plan.request, links, plan.reg_files)
         origins |= {str(path): _named(plan.reg_files[name]) for path, name in links.items()}
     owned: dict[str, object] = {
         "pretrained_model_name_or_path": str(base_model.unpacked(plan.model, inputs.model, work)),
@@ -149,7 +162,7 @@ def prepare(inputs: Inputs, tree: Tree, work: Path) -> Prepared:
         say(f"prepare: {note}")
     config_file = work / "config.toml"
     config_file.write_text(config.dump(merged.values), encoding="utf-8")
-    return Prepared(plan, merged, config_file, output, work / "trainer.log", origins)
+    return Prepared(plan, merged, config_file, output, work / "trainer.log", origins, written)
 
 
 def train(prepared: Prepared) -> trainer.Ended:

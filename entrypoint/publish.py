@@ -44,6 +44,7 @@ def results(job: Job, storage: Storage) -> None:
         if request.output is not None and not request.flat:
             send({kept.name: kept}, request.output, storage)
     samples = {f"sample/{path.name}": path for path in sorted((prepared.output / "sample").glob("*"))}
+    samples |= {f"captions/{name}": path for name, path in prepared.captions.items()}
     with _noted(faults):
         place(samples, job.tree.data)
     with _noted(faults):

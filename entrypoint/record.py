@@ -31,6 +31,7 @@ class Inputs:
     dataset: Mapping[str, Path]  # by path below the data set's root
     reg: Mapping[str, Path]
     weights: Mapping[str, Sequence[Path]]  # by option: vae, network_weights, base_weights
+    tagger: Path | None
     fetched: Sequence[Fetched]
 
 
@@ -44,6 +45,7 @@ class Prepared:
     output: Path  # scratch, never SageMaker's model folder: what is half written is not published
     log: Path
     origins: Mapping[str, str]  # of the files in the trainer's tree: the path or URI that the user gave
+    captions: Mapping[str, Path]  # those that the tagger wrote, by path below the data set's root
 
     @property
     def output_name(self) -> str:
@@ -90,6 +92,8 @@ class Job:
                 told["reg"] = _pictures(self.plan.reg)
         if self.inputs is not None:
             told["inputs"] = _inputs(self.inputs)
+        if self.prepared is not None and self.prepared.captions:
+            told["captions_written"] = len(self.prepared.captions)
         told["loras"] = [
             {"name": lora.path.name, "bytes": lora.bytes, "rank": lora.rank, "modules": lora.modules}
             for lora in self.loras
@@ -118,7 +122,8 @@ def _inputs(inputs: Inputs) -> list[dict[str, Any]]:
     ]
     plan = inputs.plan
     singles = (single.file for found in plan.extras.weights.values() for single in found)
-    files = (plan.model.file, *singles, *plan.dataset_files.values(), *plan.reg_files.values())
+    tagger = [plan.tagger.model.file] if plan.tagger else []
+    files = (plan.model.file, *singles, *tagger, *plan.dataset_files.values(), *plan.reg_files.values())
     mounted = [path for path in files if isinstance(path, Path)]
     return [*fetched, *({"path": str(path), "bytes": path.stat().st_size} for path in mounted)]
 

@@ -9,10 +9,11 @@ After this no code asks where a value came from, but to name it in a message.
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -28,11 +29,17 @@ TRAINERS: tuple[Trainer, ...] = ("sd-scripts", "builtin")
 Location = S3Uri | Path
 _Choice = TypeVar("_Choice", bound=str)
 
+ESD_TAGGER = "enable_wd14_tagger"  # ESD's flag, in its parameters and, left by its WebUI, in the TOML
 _SMALL = 1 << 20  # bytes; larger than any parameter JSON or TOML that a person writes
 _REQUIRED = ("model", "dataset")
 _URIS = (*(f"{channel}_uri" for channel in CHANNELS), "output_uri", "logs_uri")
+_THRESHOLDS = {"caption_general_threshold": "general", "caption_character_threshold": "character"}
+_RESIZE = (64, 4096)  # pixels: the latents of less are no picture, and no LoRA is trained on more
 _OPTIONS = frozenset({*config.options(), *config.ALIASES})
-_JOB = ("kind", "trainer", "allow_missing_captions", "state_every_minutes", "s3_location", *_URIS)
+_JOB = (
+    "kind", "trainer", "allow_missing_captions", "caption", *_THRESHOLDS, "resize", "resize_crop",
+    "state_every_minutes", "s3_location", *_URIS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,19 @@ class Source:
     location: Location
     where: str
     streamed: bool = False
+
+
+@dataclass(frozen=True)
+class Captioning:
+    """Who asked for captions, and the confidence (0 to 1) from which a tag becomes part of one.
+
+    The defaults are those of SmilingWolf's own pages for general tags and for characters.
+    """
+
+    where: str
+    general: float = 0.35
+    character: float = 0.85
+    note: str = ""  # on how it was understood
 
 
 @dataclass(frozen=True)
@@ -56,13 +76,22 @@ class JobRequest:
     vae: Source | None
     reg: Source | None  # regularisation pictures
     weights: Source | None  # LoRAs to go on from, or to merge into the base model
+    tagger: Source | None
     output: Location | None  # besides SageMaker's folders
     logs: Location | None
     flat: bool  # ESD reads `output` and `logs`: nothing but flat LoRAs, and one flat event file
     allow_missing_captions: bool
+    caption: Captioning | None  # None: pictures without a caption get none
+    resize: int | None  # pixels, to which a picture's shorter side is brought down
+    resize_crop: bool  # and the picture to a square
     state_every_minutes: float  # 0: a state is saved only when the job is stopped
     layers: tuple[tuple[Setting, ...], ...]  # sd-scripts options above the TOML: hyperparameters, flags
     problems: tuple[Problem, ...]  # told together with those that `check` finds
+
+    @property
+    def may_lack_captions(self) -> bool:
+        """Whether the data set may come without captions: they are written, or not wanted."""
+        return self.allow_missing_captions or self.caption is not None
 
 
 class Reader(Protocol):
@@ -99,10 +128,11 @@ def resolve(arguments: Sequence[str], tree: Tree, storage: Reader) -> JobRequest
     trainer = _choice(asked.get("trainer"), TRAINERS, "sd-scripts", problems)
     allow_missing = _choice(asked.get("allow_missing_captions"), ("true", "false"), "false", problems)
     places = None
+    tagger = _source("tagger", asked, channels, problems)
     with collecting(problems):
-        if "s3_location" in asked:
-            others = [asked[name].where for name in _URIS if name in asked]
-            others += [f"channel {name}" for name in channels]
+        if "s3_location" in asked:  # which leads to everything but a tagger
+            others = [asked[name].where for name in _URIS if name in asked and name != "tagger_uri"]
+            others += [f"channel {name}" for name in channels if name != "tagger"]
             told, fix = "s3_location says where everything is", "Remove one of the two"
             problems += [Problem(where, told, fix) for where in others]
             places = _from_esd(asked["s3_location"], kind, storage)
@@ -119,10 +149,14 @@ def resolve(arguments: Sequence[str], tree: Tree, storage: Reader) -> JobRequest
         vae=places.vae,
         reg=places.reg,
         weights=places.weights,
+        tagger=tagger,
         output=places.output,
         logs=places.logs,
         flat=places.flat,
         allow_missing_captions=allow_missing == "true",
+        caption=_captioning(asked, places.caption, problems),
+        resize=_pixels(asked.get("resize"), problems),
+        resize_crop=_crop(asked, problems),
         state_every_minutes=_minutes(asked.get("state_every_minutes"), 5, problems),
         layers=tuple(
             tuple(one for one in named if one.name in _OPTIONS and one.where.startswith(origin))
@@ -146,6 +180,7 @@ class _Places:
     vae: Source | None = None
     reg: Source | None = None
     weights: Source | None = None
+    caption: Captioning | None = None
 
 
 def _from_uris(asked: Mapping[str, Setting], channels: Mapping[str, Channel]) -> _Places:
@@ -154,16 +189,11 @@ def _from_uris(asked: Mapping[str, Setting], channels: Mapping[str, Channel]) ->
     sources: dict[str, Source] = {}
     outputs: dict[str, Location] = {}
     for name in CHANNELS:
-        uri, channel = asked.get(f"{name}_uri"), channels.get(name)
-        if uri is not None and channel is not None:
-            wrong = f"there is also a channel {name}, and only one of the two can count"
-            problems.append(Problem(uri.where, wrong, "Remove one of them"))
-        elif uri is not None:
-            with collecting(problems):
-                sources[name] = Source(_location(uri), uri.where)
-        elif channel is not None:
-            sources[name] = Source(channel.path, f"channel {name}", channel.streamed)
-        elif name in _REQUIRED:
+        if name == "tagger":  # the same with s3_location
+            continue
+        if (source := _source(name, asked, channels, problems)) is not None:
+            sources[name] = source
+        elif name in _REQUIRED and f"{name}_uri" not in asked:
             wrong = f"there is neither a channel {name} nor a hyperparameter {name}_uri"
             fix = f"Add a channel named {name}, or type --{name}_uri=s3://BUCKET/{name}"
             problems.append(Problem(name, wrong, fix))
@@ -187,8 +217,30 @@ def _from_uris(asked: Mapping[str, Setting], channels: Mapping[str, Channel]) ->
     )
 
 
+def _source(
+    name: str, asked: Mapping[str, Setting], channels: Mapping[str, Channel], problems: list[Problem]
+) -> Source | None:
+    """One input, from its channel or its URI."""
+    uri, channel = asked.get(f"{name}_uri"), channels.get(name)
+    if uri is not None and channel is not None:
+        wrong = f"there is also a channel {name}, and only one of the two can count"
+        problems.append(Problem(uri.where, wrong, "Remove one of them"))
+    elif uri is not None:
+        with collecting(problems):
+            return Source(_location(uri), uri.where)
+    elif channel is not None:
+        return Source(channel.path, f"channel {name}", channel.streamed)
+    return None
+
+
+class _Thresholds(BaseModel):
+    general_threshold: float | str | None = None
+    character_threshold: float | str | None = None
+
+
 class _Tagger(BaseModel):
     enable_wd14_tagger: bool | None = None
+    wd14_tagger_params: _Thresholds | None = None
 
 
 class _TrainingParameters(BaseModel):
@@ -198,10 +250,9 @@ class _TrainingParameters(BaseModel):
     s3_toml_path: str
 
 
-class _Parameters(BaseModel):
+class _Parameters(_Tagger):
     training_params: _TrainingParameters
     config_params: _Tagger | None = None  # the WebUI puts the captioning flag here, the API one level up
-    enable_wd14_tagger: bool | None = None
 
 
 class EsdJob(BaseModel):
@@ -223,17 +274,15 @@ def _from_esd(s3_location: Setting, kind: Kind | None, storage: Reader) -> _Plac
     job = _esd_job(location, where, storage)
     parameters = job.params.training_params
     told: Kind = "sd15" if parameters.fm_type == "sd_1_5" else "sdxl"
-    problems = []
+    problems: list[Problem] = []
     if job.training_type != "kohya":
         wrong = f"training-type is {job.training_type!r}, and only kohya is trained here"
         problems.append(Problem(where, wrong, 'Write "training-type": "kohya"'))
-    if any(place and place.enable_wd14_tagger for place in (job.params, job.params.config_params)):
-        wrong = "enable_wd14_tagger asks for captions, and this image holds no tagger"
-        problems.append(Problem(where, wrong, "Write the captions yourself, and set it to false"))
     if kind not in (None, told):
         wrong = f"fm_type is {parameters.fm_type}, and kind is {kind}"
         problems.append(Problem(where, wrong, "Remove kind"))
 
+    caption = _esd_captioning(job.params, where, problems)
     found = {}
     for key, uri in (
         ("s3_model_path", parameters.s3_model_path),
@@ -254,6 +303,7 @@ def _from_esd(s3_location: Setting, kind: Kind | None, storage: Reader) -> _Plac
         output=found["s3-output-path"].location,
         logs=_esd_logs(toml.location, job.id),
         flat=True,
+        caption=caption,
     )
 
 
@@ -275,6 +325,23 @@ def _esd_logs(toml: Location, identity: str) -> Location:
     if isinstance(toml, S3Uri):
         return S3Uri(toml.bucket, f"kohya/train/{identity}/logs")
     return toml.parent.parent / "logs"
+
+
+def _esd_captioning(parameters: _Parameters, where: str, problems: list[Problem]) -> Captioning | None:
+    """ESD's flag, and its thresholds: texts, of which its default "0" stands for the tagger's own."""
+    for place, path in ((parameters, "params"), (parameters.config_params, "params.config_params")):
+        if place is None or not place.enable_wd14_tagger:
+            continue
+        told, thresholds = place.wd14_tagger_params or _Thresholds(), dict[str, Any]()
+        for name, value in told.model_dump().items():
+            setting = Setting(name, value, f"{where}: {path}.wd14_tagger_params.{name}")
+            if value is None or str(value).strip() in ("", "0", "0.0"):
+                thresholds["note"] = "ESD's threshold 0 stands for the default"
+                continue
+            if (threshold := _threshold(setting, problems)) is not None:
+                thresholds[name.removesuffix("_threshold")] = threshold
+        return Captioning(f"{where}: {path}.{ESD_TAGGER}", **thresholds)
+    return None
 
 
 def _flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[Problem]]:
@@ -343,6 +410,59 @@ def _minutes(setting: Setting | None, default: float, problems: list[Problem]) -
     wrong = f"{str(setting.value)[:80]!r} is no number of minutes"
     problems.append(Problem(setting.where, wrong, f"Write {setting.name}={default:g}, or 0 for never"))
     return default
+
+
+def _captioning(
+    asked: Mapping[str, Setting], esd: Captioning | None, problems: list[Problem]
+) -> Captioning | None:
+    """Whether captions are to be written, and with which thresholds; `esd`: as its parameters have it."""
+    caption, thresholds = esd, dict[str, Any]()
+    if "caption" in asked:
+        _choice(asked["caption"], ("wd14",), "wd14", problems)
+        caption = caption or Captioning(asked["caption"].where)
+    for name, which in _THRESHOLDS.items():
+        if name not in asked:
+            continue
+        if caption is None:
+            wrong = "nothing asks for captions to be written"
+            problems.append(Problem(asked[name].where, wrong, "Add caption=wd14, or remove it"))
+        elif (threshold := _threshold(asked[name], problems)) is not None:
+            thresholds[which] = threshold
+    return replace(caption, **thresholds) if caption else None
+
+
+def _threshold(setting: Setting, problems: list[Problem]) -> float | None:
+    """The confidence that a setting gives; at 0 each of some ten thousand tags would be in each caption."""
+    try:
+        threshold = float(str(setting.value))
+    except ValueError:
+        threshold = math.nan
+    if 0 < threshold <= 1:
+        return threshold
+    wrong = f"{str(setting.value)[:80]!r} is no confidence above 0 and up to 1"
+    problems.append(Problem(setting.where, wrong, f"Write {setting.name}=0.35, or remove it"))
+    return None
+
+
+def _pixels(setting: Setting | None, problems: list[Problem]) -> int | None:
+    """The pixels that a setting gives, in the range of _RESIZE."""
+    if setting is None:
+        return None
+    text, (least, most) = str(setting.value).strip(), _RESIZE
+    if re.fullmatch("[0-9]{1,4}", text) and least <= int(text) <= most:
+        return int(text)
+    wrong = f"{text[:80]!r} is no whole number of pixels from {least} to {most}"
+    problems.append(Problem(setting.where, wrong, f"Write {setting.name}=512, or remove it"))
+    return None
+
+
+def _crop(asked: Mapping[str, Setting], problems: list[Problem]) -> bool:
+    """Whether pictures are cropped to squares, which without a size nothing would do."""
+    crop = _choice(asked.get("resize_crop"), ("true", "false"), "false", problems) == "true"
+    if crop and "resize" not in asked:
+        wrong = "it crops what is resized, and resize is not set"
+        problems.append(Problem(asked["resize_crop"].where, wrong, "Add resize=512, or remove it"))
+    return crop
 
 
 def _location(setting: Setting) -> Location:

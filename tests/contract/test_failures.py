@@ -226,14 +226,15 @@ def test_s3_location_beside_uris(ready: Job) -> None:
 
 
 def test_esd_captions_without_a_tagger(job: Job, tmp_path: Path) -> None:
+    job.environment.pop("TAGGER_DIR", None)
     (tmp_path / "p.json").write_text(
         '{"id": "1", "training-type": "kohya", "s3-output-path": "/x", "params": {"enable_wd14_tagger": true,'
         '"training_params": {"fm_type": "sd_1_5", "s3_model_path": "/m", "s3_data_path": "/d",'
         '"s3_toml_path": "/t"}}}'
     )
-    assert_refused(
-        job, job.run(f"--s3_location={tmp_path / 'p.json'}"), "enable_wd14_tagger asks for captions"
-    )
+    result = job.run(f"--s3_location={tmp_path / 'p.json'}")
+    flag = "params.enable_wd14_tagger: it asks for captions, and there is no tagger"
+    assert_refused(job, result, flag, "type --tagger_uri=s3://BUCKET/tagger")
 
 
 @pytest.fixture

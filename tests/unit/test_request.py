@@ -6,7 +6,7 @@ import pytest
 
 from entrypoint.contract import Tree
 from entrypoint.failures import Problem, StorageError, Unfit
-from entrypoint.request import JobRequest, resolve
+from entrypoint.request import Captioning, JobRequest, resolve
 from entrypoint.storage import S3Uri
 
 PARAMETERS: dict[str, Any] = {
@@ -132,11 +132,83 @@ def test_esd_value_may_be_quoted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["params", "config_params"])
 @pytest.mark.parametrize("value", [True, "true"])
-def test_esd_captioning_flag_is_understood_in_either_place(tmp_path: Path, place: str, value: object) -> None:
-    flag = {"enable_wd14_tagger": value}
+@pytest.mark.parametrize(
+    ("general", "character", "read"),
+    [
+        ("0", "0", (0.35, 0.85)),  # ESD's default
+        ("0.4", "0.9", (0.4, 0.9)),
+        (0.5, "", (0.5, 0.85)),
+        (None, 0, (0.35, 0.85)),
+    ],
+)
+def test_esd_captioning_flag_is_understood_in_either_place(
+    tmp_path: Path, place: str, value: object, general: object, character: object, read: tuple[float, float]
+) -> None:
+    told = {"general_threshold": general, "character_threshold": character}
+    flag = {"enable_wd14_tagger": value, "wd14_tagger_params": told}
     asked = changed(**flag) if place == "params" else changed(config_params=flag)
-    said = wrong(tmp_path, s3_location="s3://b/param.json", objects=Objects(param=asked))
-    assert "enable_wd14_tagger asks for captions" in said
+    request = ask(tmp_path, s3_location="s3://b/param.json", objects=Objects(param=asked))
+    path = "params" if place == "params" else "params.config_params"
+    where = f"hyperparameter s3_location → s3://b/param.json: {path}.enable_wd14_tagger"
+    note = "ESD's threshold 0 stands for the default" if read[1] == 0.85 else ""
+    assert request.caption == Captioning(where, *read, note)
+    assert request.problems == ()
+    assert request.may_lack_captions
+
+
+def test_esd_captioning_flag_off_or_without_thresholds(tmp_path: Path) -> None:
+    for flag, asked in ((False, False), (None, False), (True, True)):
+        objects = Objects(param=changed(enable_wd14_tagger=flag))
+        request = ask(tmp_path, s3_location="s3://b/param.json", objects=objects)
+        assert (request.caption is not None) == asked
+
+
+def test_esd_threshold_that_is_none(tmp_path: Path) -> None:
+    told = {"general_threshold": "2", "character_threshold": "high"}
+    objects = Objects(param=changed(enable_wd14_tagger=True, wd14_tagger_params=told))
+    said = wrong(tmp_path, s3_location="s3://b/param.json", objects=objects)
+    assert "params.wd14_tagger_params.general_threshold: '2' is no confidence" in said
+    assert "params.wd14_tagger_params.character_threshold: 'high' is no confidence" in said
+
+
+def test_a_tagger_may_come_beside_s3_location(tmp_path: Path) -> None:
+    objects = Objects(param=changed(enable_wd14_tagger=True))
+    asked = {"s3_location": "s3://b/param.json", "caption_general_threshold": "0.5"}
+    request = ask(tmp_path, objects=objects, tagger_uri="s3://b/tagger", **asked)
+    assert request.problems == ()
+    assert request.tagger is not None
+    assert str(request.tagger.location) == "s3://b/tagger"
+    assert request.caption is not None
+    assert request.caption.general == 0.5
+    (tmp_path / "input" / "data" / "tagger").mkdir(parents=True)
+    request = ask(tmp_path, objects=objects, **asked)
+    assert request.problems == ()
+    assert request.tagger is not None
+    assert request.tagger.where == "channel tagger"
+    assert "there is also a channel tagger" in wrong(
+        tmp_path, tagger_uri="s3://b/t", objects=objects, **asked
+    )
+
+
+def test_captions_and_resizing(tmp_path: Path) -> None:
+    uris = {"model_uri": "s3://b/m", "dataset_uri": "s3://b/d"}
+    request = ask(tmp_path, **uris)
+    assert (request.caption, request.resize, request.resize_crop) == (None, None, False)
+    assert not request.may_lack_captions
+    request = ask(
+        tmp_path,
+        caption="wd14",
+        caption_general_threshold="0.5",
+        caption_character_threshold="1",
+        resize="768",
+        resize_crop="true",
+        **uris,
+    )
+    assert request.problems == ()
+    assert request.caption == Captioning("hyperparameter caption", 0.5, 1)
+    assert (request.resize, request.resize_crop) == (768, True)
+    assert ask(tmp_path, resize="64", **uris).resize == 64
+    assert ask(tmp_path, resize="4096", **uris).resize == 4096
 
 
 def test_esd_faults_are_told_together_with_their_keys(tmp_path: Path) -> None:
@@ -186,6 +258,15 @@ def test_a_channel_and_a_uri_for_one_thing(tmp_path: Path) -> None:
         ("trainer", "kohya", "'kohya' is not one of sd-scripts, builtin"),
         ("kind", "sd21", "'sd21' is not one of sd15, sdxl"),
         ("allow_missing_captions", "maybe", "'maybe' is not one of true, false"),
+        ("caption", "blip", "'blip' is not one of wd14"),
+        ("caption_general_threshold", "0.5", "nothing asks for captions to be written. Add caption=wd14"),
+        ("caption_character_threshold", "0.5", "nothing asks for captions to be written. Add caption=wd14"),
+        ("resize", "63", "'63' is no whole number of pixels from 64 to 4096"),
+        ("resize", "4097", "'4097' is no whole number of pixels from 64 to 4096"),
+        ("resize", "512.5", "'512.5' is no whole number of pixels"),
+        ("resize", "9" * 5000, "is no whole number of pixels"),
+        ("resize_crop", "true", "it crops what is resized, and resize is not set. Add resize=512"),
+        ("resize_crop", "square", "'square' is not one of true, false"),
         ("netwrok_dim", "4", "Did you mean network_dim"),
         ("checkpoint_url", "s3://b/c", "there is no such hyperparameter"),
     ],
@@ -195,6 +276,14 @@ def test_what_cannot_be_understood_is_refused(tmp_path: Path, name: str, value: 
     assert f"hyperparameter {name}: " in told
     assert said in told
     assert "beef" not in told
+
+
+@pytest.mark.parametrize("value", ["0", "1.01", "-1", "nan", "much"])
+@pytest.mark.parametrize("name", ["caption_general_threshold", "caption_character_threshold"])
+def test_a_threshold_is_a_confidence(tmp_path: Path, name: str, value: str) -> None:
+    uris = {"model_uri": "s3://b/m", "dataset_uri": "s3://b/d"}
+    said = wrong(tmp_path, caption="wd14", **uris, **{name: value})
+    assert f"hyperparameter {name}: '{value}' is no confidence above 0 and up to 1" in said
 
 
 def test_a_word_that_follows_no_flag(tmp_path: Path) -> None:
