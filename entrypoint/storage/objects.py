@@ -89,7 +89,7 @@ def unsafe(relative: str) -> str | None:
         "begins with a drive": re.match("[A-Za-z]:", relative) is not None,
         "ends a name with a dot or a space": any(name != name.rstrip(". ") for name in segments),
         "is the name of a device on Windows": any(_DEVICE.fullmatch(name) for name in segments),
-        "holds a name of more than 255 bytes": any(len(name.encode()) > 255 for name in segments),
+        "holds a name of more than 255 bytes": any(len(name.encode(errors="surrogatepass")) > 255 for name in segments),
         f"begins with {FETCH_FOLDER}, which this job needs itself": segments[0] == FETCH_FOLDER,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
