@@ -97,7 +97,8 @@ sd-scripts: .sd-scripts/.ready ## Get the pinned sd-scripts, with an environment
 options: $(READY) ## Write kohya/options.json and tests/data from the pinned sd-scripts
 	set -e; set -- $$($(VENV)/bin/python -c 'from kohya import sd_scripts as s; f = s.find(); print(f.python, f.folder)'); \
 	"$$1" -m kohya.options "$$2" >$(VENV)/options.json; mv $(VENV)/options.json kohya/options.json; \
-	"$$1" -m tests.shapes "$$2" tests/data >/dev/null
+	"$$1" -m tests.shapes "$$2" tests/data >/dev/null; \
+	"$$1" -m tests.buckets "$$2" 1 24 | tail -n 1 >$(VENV)/facts.json; mv $(VENV)/facts.json tests/data/sd_scripts_facts.json
 
 test-sd-scripts: $(READY) ## Run the tests that need sd-scripts [SD_SCRIPTS_DIR SD_SCRIPTS_PYTHON]
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal tests/sd_scripts

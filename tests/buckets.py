@@ -2,8 +2,9 @@
 
     PYTHON -m tests.buckets SD_SCRIPTS_FOLDER SEED CASES
 
-PYTHON is the one that sd-scripts runs with. Writes JSON: `choices`, what BucketManager makes of random sizes
-under random options; `epochs`, what whole data sets of small pictures become.
+PYTHON is the one that sd-scripts runs with. The last line that it prints is JSON: `choices`, what
+BucketManager makes of random sizes under random options (null where it divides by zero, or a side is 0); `epochs`, what
+becomes of whole data sets of small pictures.
 """
 
 import importlib
@@ -35,15 +36,15 @@ def options(rng: random.Random) -> dict[str, Any]:
     }
 
 
-def size(rng: random.Random, largest: int) -> tuple[int, int]:
+def size(rng: random.Random) -> tuple[int, int]:
     common = [(512, 512), (768, 512), (512, 768), (1024, 1024), (1920, 1080), (640, 480), (832, 1216)]
-    if rng.random() < 0.2 and largest >= 2000:
+    if rng.random() < 0.2:
         return rng.choice(common)
-    return int(largest ** rng.uniform(0.5, 1)), int(largest ** rng.uniform(0.5, 1))
+    return int(9000 ** rng.uniform(0.5, 1)), int(9000 ** rng.uniform(0.5, 1))
 
 
 def choices(train_util: Any, rng: random.Random) -> dict[str, Any]:
-    """What one BucketManager makes of random sizes; null where it ends in an error or makes no side."""
+    """What one BucketManager makes of random sizes."""
     values = options(rng)
     width, height = map(int, values["resolution"].split(","))
     if values["enable_bucket"]:
@@ -60,22 +61,25 @@ def choices(train_util: Any, rng: random.Random) -> dict[str, Any]:
         manager = train_util.BucketManager(False, (width, height), None, None, None)
         manager.set_predefined_resos([(width, height)])
     rows = []
-    for given in (size(rng, 9000) for _ in range(SIZES)):
+    for given in (size(rng) for _ in range(SIZES)):
         try:
             bucket, resized, _ = manager.select_bucket(*given)
-        except ZeroDivisionError:
+        except ZeroDivisionError:  # of a picture that is far too narrow
             bucket = resized = None
-        rows.append([given, bucket, resized])
+        rows.append([given, bucket, resized] if bucket and 0 not in bucket else [given, None, None])
     return {"values": values, "rows": rows}
 
 
 def folders(rng: random.Random, names: list[str]) -> dict[str, list[tuple[int, int]]]:
-    return {name: [size(rng, 800) for _ in range(rng.randint(1, 9))] for name in names}
+    return {
+        name: [(rng.randint(150, 800), rng.randint(150, 800)) for _ in range(rng.randint(1, 9))]
+        for name in names
+    }
 
 
 def epoch(modules: Any, rng: random.Random) -> dict[str, Any]:
     """What a data set becomes, with regularisation pictures or without, or by a dataset_config."""
-    train_util, config_util, strategy = modules
+    train_util, config_util, parser = modules
     values = {**options(rng), "bucket_reso_steps": 64, "min_bucket_reso": 64, "max_bucket_reso": 2048}
     values |= {"train_batch_size": rng.randint(1, 4), "caption_extension": ".txt", "cache_latents": True}
     if rng.random() < 0.3:
@@ -98,7 +102,7 @@ def epoch(modules: Any, rng: random.Random) -> dict[str, Any]:
                 for number, one in enumerate(sizes):
                     Image.new("L", one).save(Path(root, top, folder, f"{number:02}.png"))
                     Path(root, top, folder, f"{number:02}.txt").write_text("a cat")
-        args = Namespace(**values, debug_dataset=False, max_token_length=None, prior_loss_weight=1.0)
+        args = parser.parse_args([], Namespace(**values))
         train_util.prepare_dataset_args(args, False)
         placed = json.loads(json.dumps(described))
         for table in placed.get("datasets", ()):
@@ -124,13 +128,16 @@ def epoch(modules: Any, rng: random.Random) -> dict[str, Any]:
 def main() -> None:
     folder, seed, cases = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     sys.path.insert(0, folder)
-    modules = [importlib.import_module(f"library.{name}") for name in ("train_util", "config_util", "strategy_base")]
+    train_util, config_util = (
+        importlib.import_module(f"library.{name}") for name in ("train_util", "config_util")
+    )
+    parser = importlib.import_module("train_network").setup_parser()
     logging.disable(logging.ERROR)
     rng = random.Random(seed)
     found = {
         "source": "sd-scripts v0.10.1",
-        "choices": [choices(modules[0], rng) for _ in range(cases)],
-        "epochs": [epoch(modules, rng) for _ in range(cases)],
+        "choices": [choices(train_util, rng) for _ in range(cases)],
+        "epochs": [epoch((train_util, config_util, parser), rng) for _ in range(cases)],
     }
     print(json.dumps(found, separators=(",", ":")))
 
