@@ -3,8 +3,8 @@
     PYTHON -m tests.buckets SD_SCRIPTS_FOLDER SEED CASES
 
 PYTHON is the one that sd-scripts runs with. The last line that it prints is JSON: `choices`, what
-BucketManager makes of random sizes under random options (null where it divides by zero, or a side is 0); `epochs`, what
-becomes of whole data sets of small pictures.
+BucketManager makes of random sizes under random options (null where it divides by zero, or a side is 0);
+`epochs`, what becomes of whole data sets of small pictures.
 """
 
 import importlib
