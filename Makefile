@@ -32,7 +32,7 @@ SD_SCRIPTS_COMMIT = $(shell awk -F '"' '/^COMMIT = / {print $$2}' kohya/sd_scrip
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo image image-cpu size lock full-size sd-scripts options test test-image test-sd-scripts test-gpu lint format clean
+.PHONY: help env demo image image-cpu size lock full-size checks sd-scripts options test test-image test-sd-scripts test-gpu lint format clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,9 @@ lock: $(READY) ## Renew the locks of the image's packages [UPGRADE=1 CHECK=1]
 
 full-size: $(READY) ## Measure the job on a full-size model, beside sd-scripts typed by hand [KIND FOLDER]
 	$(VENV)/bin/python -m benchmarks.full_size --kind $(KIND) $(if $(FOLDER),--folder "$(FOLDER)")
+
+checks: $(READY) ## Measure what the checks of a data set cost, beside the least that they could
+	$(VENV)/bin/python -m benchmarks.checks
 
 sd-scripts: .sd-scripts/.ready ## Get the pinned sd-scripts, with an environment of its own, into .sd-scripts
 

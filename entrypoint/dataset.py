@@ -220,12 +220,14 @@ def _subset(
 ) -> Subset:
     """One folder; `files`: all that lies in it."""
     pictures, extension = _pictures(files), f".{caption_extension.removeprefix('.')}"
+    own = {path: path for path in files}  # the listing's own strings: a copy of each would be kept
     captions = [_stem(path) + extension for path in pictures]
-    if not all(name in sizes for name in captions):
+    if not all(name in own for name in captions):
         by_lower = {path.lower(): path for path in files}
-        found = [name if name in sizes else by_lower.get(name.lower()) for name in captions]
-    else:
-        found = list(captions)
+        own |= {
+            name: by_lower[name.lower()] for name in captions if name not in own and name.lower() in by_lower
+        }
+    found = [own.get(name) for name in captions]
     pairs = tuple(map(Picture, pictures, found))
     total = sum(sizes[path] for path in (*pictures, *filter(None, found)))
     return Subset(folder, repeats, pairs, extension, total)

@@ -46,7 +46,9 @@ def _below(folder: S3Uri, storage: Storage) -> dict[str, File]:
         except StorageError as error:
             problems.append(error.problem)
     if len(problems) > _KEYS_SHOWN:
-        left = Problem(str(folder), f"{len(problems) - _KEYS_SHOWN} more keys are unfit", "Rename these first")
+        left = Problem(
+            str(folder), f"{len(problems) - _KEYS_SHOWN} more keys are unfit", "Rename these first"
+        )
         problems = [*problems[:_KEYS_SHOWN], left]
     if problems:
         raise Unfit(problems)
