@@ -297,7 +297,8 @@ def _too_long(captions: Sequence[tuple[Mapping[str, Any], str]], texts: Sequence
             )
             more = ", …" if len(cut) > _NAMED else ""
             fix = "Shorten them" if limit >= 225 else "max_token_length=225 takes more"
-            yield f"{len(cut)} captions have more than {limit} tokens, and are cut ({shown}{more}). {fix}"
+            has, is_cut = ("caption has", "is") if len(cut) == 1 else ("captions have", "are")
+            yield f"{len(cut)} {has} more than {limit} tokens, and {is_cut} cut ({shown}{more}). {fix}"
 
 
 def _some(names: Iterable[str], noun: str = "picture") -> str:

@@ -1,12 +1,15 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from entrypoint import files
 from entrypoint.dataset import DataSet, as_given, inspect, inspect_folders, link, places
-from entrypoint.failures import StorageError
-from entrypoint.storage import S3Uri
+from entrypoint.failures import StorageError, Unfit
+from entrypoint.request import Source
+from entrypoint.storage import RemoteObject, S3Uri, Storage
 from entrypoint.storage.objects import safe_relative
 from kohya.dataset_config import Folder
 from kohya.problem import Problem
@@ -272,3 +275,29 @@ def test_no_key_leaves_the_tree_or_stops_the_report(keys: list[str], extension: 
                 assert place.parent.parent == root
                 assert ".." not in place.parts
         assert set(data_set.files) <= set(paths)
+
+
+class Bucket(Storage):
+    """One that lists these keys."""
+
+    def __init__(self, *keys: str) -> None:
+        super().__init__()
+        self.keys = keys
+
+    def list(self, folder: S3Uri) -> Iterator[RemoteObject]:
+        return (RemoteObject(S3Uri(folder.bucket, key), 1, "etag") for key in self.keys)
+
+
+def test_every_key_that_leaves_its_folder_is_told() -> None:
+    source = Source(S3Uri("b", "cats"), "dataset_uri")
+    assert list(files.listing(source, Bucket("cats/1_a/b.png"))) == ["1_a/b.png"]
+    with pytest.raises(Unfit) as caught:
+        files.listing(source, Bucket("cats/../x.png", "cats/a.png", "cats//y.png"))
+    assert [problem.wrong for problem in caught.value.problems] == [
+        "the key leads out of its folder",
+        "the key holds an empty name between slashes",
+    ]
+    with pytest.raises(Unfit) as caught:
+        files.listing(source, Bucket(*(f"cats/../{number}.png" for number in range(30))))
+    assert len(caught.value.problems) == 21
+    assert str(caught.value.problems[-1]) == "s3://b/cats: 10 more keys are unfit. Rename these first."

@@ -77,6 +77,7 @@ def test_a_picture_that_is_cut_off_or_no_picture_is_refused(tmp_path: Path, endi
     [
         (b"a caf\xe9", "the caption is not UTF-8 (byte 5). Save it as UTF-8."),
         ("a cat".encode("utf-16"), "the caption is UTF-16, or no text. Save it as UTF-8."),
+        ("猫".encode("utf-16"), "the caption is UTF-16, or no text. Save it as UTF-8."),
         ("a cat".encode("utf-16-le"), "the caption is UTF-16, or no text. Save it as UTF-8."),
         (b" \n\t\n", "the caption is blank. Write a caption, or delete the file."),
         (b"\na cat", "the caption's first line is blank, and sd-scripts reads that alone"),
@@ -290,9 +291,10 @@ def test_captions_that_are_cut_are_said(tmp_path: Path) -> None:
         pytest.skip("there are no tokenizers")
     write(tmp_path / "a.png", caption=b"cat, " * 60)  # 120 tokens
     write(tmp_path / "b.png", (90, 90), caption=b"cat, " * 30)
-    assert "1 captions have more than 75 tokens, and are cut (a.txt: 120)" in notes(tmp_path)
+    assert "1 caption has more than 75 tokens, and is cut (a.txt: 120)" in notes(tmp_path)
     assert notes(tmp_path, max_token_length=150) == ""
-    assert "more than 75" in notes(tmp_path, caption_prefix="cat " * 20)
+    assert "2 captions have more than 75" in notes(tmp_path, caption_prefix="cat " * 20)
+    assert "2 captions have more than 75" in notes(tmp_path, caption_suffix="cat " * 20)
     (tmp_path / "b.txt").write_text("cat " * 76)
     assert "2 captions have more than 75" in notes(tmp_path)
 
