@@ -59,7 +59,6 @@ def _picture(link: Path, alpha_mask: bool) -> Path:
                 picture = Image.alpha_composite(white, picture)
         if picture.mode != "RGBA" or not alpha_mask:
             picture = picture.convert("RGB")
-        picture.info.clear()  # its EXIF tag would turn it again
         link.unlink()
         picture.save(target, compress_level=1)
     return target

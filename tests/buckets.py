@@ -83,7 +83,7 @@ def epoch(modules: Any, rng: random.Random) -> dict[str, Any]:
     values = {**options(rng), "bucket_reso_steps": 64, "min_bucket_reso": 64, "max_bucket_reso": 2048}
     values |= {"train_batch_size": rng.randint(1, 4), "caption_extension": ".txt", "cache_latents": True}
     if rng.random() < 0.3:
-        values |= {"validation_split": rng.choice([0.1, 0.25]), "validation_seed": rng.randint(0, 99)}
+        values |= {"validation_split": rng.choice([0.25, 0.5]), "validation_seed": rng.randint(0, 99)}
     data = folders(rng, rng.sample(["1_a", "2_b", "10_c", "3"], rng.randint(1, 3)))
     reg = folders(rng, ["2_cat"]) if rng.random() < 0.4 else {}
     described: dict[str, Any] = {}
