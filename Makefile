@@ -34,7 +34,7 @@ SD_SCRIPTS_COMMIT = $(shell awk -F '"' '/^COMMIT = / {print $$2}' kohya/sd_scrip
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo image image-cpu run shell push size lock full-size sd-scripts options test test-image test-sd-scripts test-gpu lint format clean
+.PHONY: help env demo image image-cpu run shell push size lock full-size checks sd-scripts options test test-image test-sd-scripts test-gpu lint format clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -100,6 +100,9 @@ lock: $(READY) ## Renew the locks of the image's packages [UPGRADE=1 CHECK=1]
 full-size: $(READY) ## Measure the job on a full-size model, beside sd-scripts typed by hand [KIND FOLDER]
 	$(VENV)/bin/python -m benchmarks.full_size --kind $(KIND) $(if $(FOLDER),--folder "$(FOLDER)")
 
+checks: $(READY) ## Measure what the checks of a data set cost, beside the least that they could
+	$(VENV)/bin/python -m benchmarks.checks
+
 sd-scripts: .sd-scripts/.ready ## Get the pinned sd-scripts, with an environment of its own, into .sd-scripts
 
 .sd-scripts/.ready: kohya/sd_scripts.py
@@ -114,7 +117,8 @@ sd-scripts: .sd-scripts/.ready ## Get the pinned sd-scripts, with an environment
 options: $(READY) ## Write kohya/options.json and tests/data from the pinned sd-scripts
 	set -e; set -- $$($(VENV)/bin/python -c 'from kohya import sd_scripts as s; f = s.find(); print(f.python, f.folder)'); \
 	"$$1" -m kohya.options "$$2" >$(VENV)/options.json; mv $(VENV)/options.json kohya/options.json; \
-	"$$1" -m tests.shapes "$$2" tests/data >/dev/null
+	"$$1" -m tests.shapes "$$2" tests/data >/dev/null; \
+	"$$1" -m tests.buckets "$$2" 1 24 | tail -n 1 >$(VENV)/facts.json; mv $(VENV)/facts.json tests/data/sd_scripts_facts.json
 
 test-sd-scripts: $(READY) ## Run the tests that need sd-scripts [SD_SCRIPTS_DIR SD_SCRIPTS_PYTHON]
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal tests/sd_scripts

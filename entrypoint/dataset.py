@@ -5,23 +5,29 @@ x.png has its caption in x.txt. Whatever does not fit it leaves out without an e
 (train_network.py:574-579 of v0.10.1: "No data found", exit 0), so it is all told here.
 """
 
+import posixpath
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from kohya.dataset_config import Folder
 from kohya.problem import Problem
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # train_util.py:104
 UNREAD = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jxl", ".tif", ".tiff")  # pictures all the same
+CAPTIONS = (".txt", ".caption", ".tags", ".cap")  # what tools call their captions
+CACHES = ".npz"  # latents that sd-scripts keeps beside a picture, and takes whatever the picture is now
 FLAT_REPEATS = 10  # repeats for pictures that stand in no N_name folder
+_JUNK = frozenset({"__macosx", "@eadir", "thumbs.db", "desktop.ini"})  # of macOS, Synology and Windows
+_LONGEST = 100  # characters of a folder's name that is made up
 _NUMBERED = re.compile(r"(\d+)_.*|(\d+)")  # `3` and `3_` are folders for sd-scripts too
 _NAMES_SHOWN = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be 100,000
 class Picture:
     """A picture and its caption, by their paths below the data set's root."""
 
@@ -37,6 +43,9 @@ class Subset:
     repeats: int
     pictures: tuple[Picture, ...]
     caption_extension: str  # with its dot
+    bytes: int = 0  # of its pictures and captions
+    dataset: int = 0  # which [[datasets]] of a dataset_config it is in
+    values: Mapping[str, Any] = field(default_factory=dict)  # what a dataset_config says for it
 
 
 @dataclass(frozen=True)
@@ -76,17 +85,19 @@ def inspect(
     Pictures that all stand in the root are taken as one folder `10_<name>`, after the last part of `where`;
     not so unless `flat`: of regularisation pictures the folder's name is the class word.
     """
-    visible, folders = _folders(sizes)
+    folders, hidden = _sorted_out(sizes)
+    pictured = {folder: found for folder, files in folders.items() if (found := _pictures(files))}
     problems: list[Problem] = []
-    if folders and (unread := [path for path in visible if PurePosixPath(path).suffix.lower() in UNREAD]):
+    unread = [path for files in folders.values() for path in files if _ending(path) in UNREAD]
+    if pictured and unread:
         wrong = f"sd-scripts reads {', '.join(PICTURES)} alone, and would leave out {_some(unread)}"
         problems.append(Problem(where, wrong, "Save them as .png or .jpg, or take them out"))
     notes: list[str] = []
     subsets: list[Subset] = []
-    for folder, pictures in folders.items():
+    for folder, pictures in pictured.items():
         at = where if folder == "." else f"{where.rstrip('/')}/{folder}"
         trained = folder
-        if folder == "." and len(folders) == 1 and flat:
+        if folder == "." and len(pictured) == 1 and flat:
             name = _plain(PurePosixPath(where).name)
             trained = f"{FLAT_REPEATS}_{name}"
             notes.append(
@@ -96,15 +107,18 @@ def inspect(
         elif problem := _misplaced(folder, pictures, where, at):
             problems.append(problem)
             continue
-        subset = _subset(trained, _repeats(trained), pictures, visible, caption_extension)
-        problems += _caption_problems(subset, visible, at, allow_missing_captions)
+        subset = _subset(trained, _repeats(trained), folders[folder], sizes, caption_extension)
+        problems += _picture_problems(subset, sizes, at)
+        problems += _caption_problems(subset, folders[folder], sizes, at, allow_missing_captions)
         subsets.append(subset)
-    if not folders:
-        seen = f"among its {_count(list(visible), 'file')}" if visible else "in it"
+    if not pictured:
+        files = [path for found in folders.values() for path in found]
+        seen = f"among its {_count(files, 'file')}" if files else "in it"
         wrong = f"there is no picture ({', '.join(PICTURES)}) {seen}"
         problems.append(
             Problem(where, wrong, "Put pictures with captions into N_name folders such as 10_photo there")
         )
+    notes += _left_out(folders, hidden, subsets)
     return DataSet(tuple(subsets), tuple(notes)), problems
 
 
@@ -115,23 +129,25 @@ def inspect_folders(
 
     sd-scripts takes the pictures right inside each folder, and leaves out a folder that has none.
     """
-    visible, folders = _folders(sizes)
+    folders, hidden = _sorted_out(sizes)
     problems: list[Problem] = []
     subsets: list[Subset] = []
     for number, folder in enumerate(wanted):
-        pictures = folders.get(folder.image_dir, [])
-        if not pictures:
-            there = ", ".join(sorted(folders)[:5]) or "none"
+        files = folders.get(folder.image_dir, [])
+        if not _pictures(files):
+            there = ", ".join([name for name, found in folders.items() if _pictures(found)][:5]) or "none"
             wrong = f'no picture is right inside the folder "{folder.image_dir}" of {where}'
             problems.append(Problem(folder.where, wrong, f"Name a folder with pictures; there are: {there}"))
         # A folder that two subsets name is linked twice: their captions may have two endings.
         name = f"{number}/{_plain(PurePosixPath(where, folder.image_dir).name)}"
-        subset = _subset(name, folder.repeats, pictures, visible, folder.caption_extension)
+        subset = _subset(name, folder.repeats, files, sizes, folder.caption_extension)
+        subset = replace(subset, dataset=folder.dataset, values=folder.values)
         at = f"{where.rstrip('/')}/{folder.image_dir}"
         may_lack = allow_missing_captions or folder.is_reg or folder.has_class
-        problems += _caption_problems(subset, visible, at, may_lack)
+        problems += _picture_problems(subset, sizes, at)
+        problems += _caption_problems(subset, files, sizes, at, may_lack)
         subsets.append(subset)
-    return DataSet(tuple(subsets), ()), problems
+    return DataSet(tuple(subsets), tuple(_left_out(folders, hidden, subsets))), problems
 
 
 def link(data_set: DataSet, sources: Mapping[str, Path], root: Path) -> dict[Path, str]:
@@ -142,17 +158,30 @@ def link(data_set: DataSet, sources: Mapping[str, Path], root: Path) -> dict[Pat
     link the file's path below the data set's root.
     """
     links: dict[Path, str] = {}
+    for picture, place, caption in places(data_set, root):
+        links[place] = picture.path
+        if picture.caption is not None:
+            links[caption] = picture.caption
     for subset in data_set.subsets:
-        folder = root / subset.folder
-        folder.mkdir(parents=True)
-        for picture in subset.pictures:
-            name = PurePosixPath(picture.path)
-            links[folder / f"{name.stem}{name.suffix.lower()}"] = picture.path
-            if picture.caption is not None:
-                links[folder / f"{name.stem}{subset.caption_extension}"] = picture.caption
+        (root / subset.folder).mkdir(parents=True)
     for made, path in links.items():
         made.symlink_to(sources[path])
     return links
+
+
+def places(data_set: DataSet, root: Path) -> Iterator[tuple[Picture, Path, Path]]:
+    """Every picture in order, where it stands in the trainer's tree, and where its caption does or would."""
+    for subset in data_set.subsets:
+        folder = root / subset.folder
+        for picture in subset.pictures:
+            name = made_name(picture.path)
+            yield picture, folder / name, folder / f"{_stem(name)}{subset.caption_extension}"
+
+
+def made_name(path: str) -> str:
+    """A picture's name in the trainer's tree."""
+    stem, ending = posixpath.splitext(posixpath.basename(path))
+    return f"{stem}{ending.lower()}"
 
 
 def as_given(text: str, origins: Mapping[str, str]) -> str:
@@ -162,27 +191,74 @@ def as_given(text: str, origins: Mapping[str, str]) -> str:
     return text
 
 
-def _folders(sizes: Mapping[str, int]) -> tuple[dict[str, int], dict[str, list[str]]]:
-    """The files that are not hidden, and the pictures among them by their folder."""
-    visible = {
-        path: size
-        for path, size in sizes.items()
-        if not any(part.startswith(".") for part in path.split("/"))
-    }
+def _sorted_out(sizes: Mapping[str, int]) -> tuple[dict[str, list[str]], list[str]]:
+    """The files of each folder by their paths, and those that are hidden or no person put there."""
     folders: dict[str, list[str]] = defaultdict(list)
-    for path in sorted(visible):
-        if PurePosixPath(path).suffix.lower() in PICTURES:
-            folders[str(PurePosixPath(path).parent)].append(path)
-    return visible, folders
+    hidden = []
+    for path in sorted(sizes):
+        if any(part.startswith(".") or part.lower() in _JUNK for part in path.split("/")):
+            hidden.append(path)
+        else:
+            folders[posixpath.dirname(path) or "."].append(path)
+    return dict(folders), hidden
+
+
+def _pictures(files: Iterable[str]) -> list[str]:
+    return [path for path in files if _ending(path) in PICTURES]
+
+
+def _ending(path: str) -> str:
+    return posixpath.splitext(path)[1].lower()
 
 
 def _subset(
-    folder: str, repeats: int, pictures: list[str], sizes: Mapping[str, int], caption_extension: str
+    folder: str,
+    repeats: int,
+    files: Sequence[str],
+    sizes: Mapping[str, int],
+    caption_extension: str,
 ) -> Subset:
-    extension = f".{caption_extension.removeprefix('.')}"
-    by_lower = {path.lower(): path for path in sizes}
-    found = tuple(Picture(path, _caption(path, sizes, by_lower, extension)) for path in pictures)
-    return Subset(folder, repeats, found, extension)
+    """One folder; `files`: all that lies in it."""
+    pictures, extension = _pictures(files), f".{caption_extension.removeprefix('.')}"
+    own = {path: path for path in files}  # the listing's own strings: a copy of each would be kept
+    captions = [_stem(path) + extension for path in pictures]
+    if not all(name in own for name in captions):
+        by_lower = {path.lower(): path for path in files}
+        own |= {
+            name: by_lower[name.lower()] for name in captions if name not in own and name.lower() in by_lower
+        }
+    found = [own.get(name) for name in captions]
+    pairs = tuple(map(Picture, pictures, found))
+    total = sum(sizes[path] for path in (*pictures, *filter(None, found)))
+    return Subset(folder, repeats, pairs, extension, total)
+
+
+def _stem(path: str) -> str:
+    return posixpath.splitext(path)[0]
+
+
+def _left_out(
+    folders: Mapping[str, Sequence[str]], hidden: list[str], subsets: Sequence[Subset]
+) -> Iterator[str]:
+    """What lies there and is no part of the data set; what a problem tells of is not told again."""
+    used = {name for subset in subsets for picture in subset.pictures
+            for name in (picture.path, picture.caption)}  # fmt: skip
+    endings = {*CAPTIONS, *(subset.caption_extension for subset in subsets)}
+    left: dict[str, list[str]] = {"hidden file": hidden}
+    for path in (path for files in folders.values() for path in files if path not in used):
+        ending = _ending(path)
+        if ending == CACHES:
+            kind = "latent cache"
+        elif ending in endings:
+            kind = "caption without a picture"
+        elif ending in PICTURES or ending in UNREAD:
+            continue
+        else:
+            kind = "other file"
+        left.setdefault(kind, []).append(path)
+    for kind, paths in left.items():
+        if paths:
+            yield f"left out: {_some(paths, kind)}"
 
 
 def _misplaced(folder: str, pictures: list[str], where: str, at: str) -> Problem | None:
@@ -210,47 +286,63 @@ def _repeats(folder: str) -> int:
     return int(numbered[1] or numbered[2]) if numbered else 0
 
 
+def _picture_problems(subset: Subset, sizes: Mapping[str, int], where: str) -> Iterator[Problem]:
+    """What the listing tells of a folder's pictures."""
+    if empty := [picture.path for picture in subset.pictures if sizes[picture.path] == 0]:
+        yield Problem(where, f"{_some(empty)} with 0 bytes", "Upload them again, or take them out")
+    same: dict[str, list[str]] = defaultdict(list)
+    for picture in subset.pictures:
+        same[_stem(picture.path).lower()].append(picture.path)
+    groups = [paths for paths in same.values() if len(paths) > 1]
+    one_stem = [len(set(map(_stem, paths))) < len(paths) for paths in groups]
+    twins = [path for paths, one in zip(groups, one_stem, strict=True) if one for path in paths]
+    if twins:
+        wrong = f"{_some(twins)} with the same name, and so the same caption"
+        yield Problem(where, wrong, "Rename one of each")
+    if alike := [path for paths, one in zip(groups, one_stem, strict=True) if not one for path in paths]:
+        wrong = f"{_some(alike)} whose names differ in upper and lower case alone"
+        yield Problem(where, wrong, "Rename one of each: many disks would hold one of them only")
+
+
 def _caption_problems(
-    subset: Subset, sizes: Mapping[str, int], where: str, allow_missing: bool
-) -> list[Problem]:
-    """What is wrong with the captions of a folder."""
-    found, extension = subset.pictures, subset.caption_extension
-    pictures = [picture.path for picture in found]
-    problems = []
-    missing = [picture.path for picture in found if picture.caption is None]
+    subset: Subset, files: Iterable[str], sizes: Mapping[str, int], where: str, allow_missing: bool
+) -> Iterator[Problem]:
+    """What the listing tells of a folder's captions. `files`: all that lies in the folder."""
+    extension = subset.caption_extension
+    missing = [picture.path for picture in subset.pictures if picture.caption is None]
     if missing and not allow_missing:
         wrong = (
-            f"of {_count(pictures)}, {len(missing)} without a caption in a {extension} file of the same name"
+            f"of {_count(subset.pictures)}, {len(missing)} without a caption in a {extension} file of the "
+            f"same name: {_names(missing)}"
         )
-        wrong += f": {_names(missing)}"
         fix = "Add the captions, or set allow_missing_captions=true to train those on the folder's name"
-        problems.append(Problem(where, wrong, fix))
-    empty = [
-        picture.caption for picture in found if picture.caption is not None and sizes[picture.caption] == 0
-    ]
-    if empty:
-        wrong = _some(empty, "empty caption")
-        problems.append(Problem(where, wrong, "Write a caption, or delete the file"))
-    stems = defaultdict(list)
+        if others := _other_endings(missing, {path.lower() for path in files}):
+            ending, count = others.most_common(1)[0]
+            wrong += f"; {'it has' if count == 1 else f'{count} have'} a {ending} file"
+            fix = f"Set caption_extension={ending}, or rename the captions to {extension}"
+        yield Problem(where, wrong, fix)
+    captions = [picture.caption for picture in subset.pictures if picture.caption is not None]
+    if empty := [name for name in captions if sizes[name] == 0]:
+        yield Problem(where, _some(empty, "empty caption"), "Write a caption, or delete the file")
+
+
+def _other_endings(pictures: Iterable[str], there: Container[str]) -> Counter[str]:
+    """How many of these pictures have a file beside them that looks like a caption, by its ending."""
+    found: Counter[str] = Counter()
     for path in pictures:
-        stems[str(PurePosixPath(path).with_suffix("")).lower()].append(path)
-    if twins := [path for paths in stems.values() if len(paths) > 1 for path in paths]:
-        wrong = f"{_some(twins)} with the same name, and so the same caption"
-        problems.append(Problem(where, wrong, "Rename one of each"))
-    return problems
-
-
-def _caption(path: str, sizes: Mapping[str, int], by_lower: Mapping[str, str], extension: str) -> str | None:
-    name = f"{PurePosixPath(path).with_suffix('')}{extension}"
-    return name if name in sizes else by_lower.get(name.lower())
+        stem, ending = posixpath.splitext(path)
+        tried = (*CAPTIONS, *(f"{ending}{caption}" for caption in CAPTIONS))  # a.caption, a.png.txt
+        found.update(caption for caption in tried if f"{stem}{caption}".lower() in there)
+    return found
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", name).strip("_.") or "dataset"
+    return re.sub(r"[^\w.-]+", "_", name)[:_LONGEST].strip("_.") or "dataset"
 
 
-def _count(names: list[str], noun: str = "picture") -> str:
-    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'}"
+def _count(names: Sized, noun: str = "picture") -> str:
+    first = noun.partition(" without")[0]  # 2 captions without a picture
+    return f"{len(names)} {first}{'' if len(names) == 1 else 's'}{noun[len(first) :]}"
 
 
 def _some(names: Iterable[str], noun: str = "picture") -> str:

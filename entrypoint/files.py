@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from entrypoint.failures import Problem, Unfit
+from entrypoint.failures import Problem, StorageError, Unfit
 from entrypoint.request import Location, Source
 from entrypoint.storage import RemoteObject, S3Uri, Storage, safe_relative
 
 TEXT_BYTES = 1 << 20  # larger than any TOML or list of prompts that a person writes
+_KEYS_SHOWN = 20  # in one report
 
 File = RemoteObject | Path
 
@@ -29,10 +30,29 @@ def listing(source: Source, storage: Storage) -> dict[str, File]:
     """Every file of a folder, by its path below it."""
     location = source.location
     if isinstance(location, S3Uri):
-        return {safe_relative(item.uri, location): item for item in storage.list(location)}
+        return _below(location, storage)
     if not location.is_dir():
         raise Unfit([Problem(f"{source.where}: {location}", "it is not a folder", "Correct the path")])
     return {path.relative_to(location).as_posix(): path for path in _walk(location)}
+
+
+def _below(folder: S3Uri, storage: Storage) -> dict[str, File]:
+    """Every object of a folder. Raises Unfit with every key that no file may be named after."""
+    found: dict[str, File] = {}
+    problems: list[Problem] = []
+    for item in storage.list(folder):
+        try:
+            found[safe_relative(item.uri, folder)] = item
+        except StorageError as error:
+            problems.append(error.problem)
+    if len(problems) > _KEYS_SHOWN:
+        left = Problem(
+            str(folder), f"{len(problems) - _KEYS_SHOWN} more keys are unfit", "Rename these first"
+        )
+        problems = [*problems[:_KEYS_SHOWN], left]
+    if problems:
+        raise Unfit(problems)
+    return found
 
 
 def _walk(root: Path) -> Iterator[Path]:

@@ -11,13 +11,14 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from entrypoint import captions, console, dataset, pictures, publish, resize, stops, trainer
+from entrypoint import captions, console, dataset, mending, pictures, publish, resize, stops, trainer
 from entrypoint import model as base_model
 from entrypoint.check import Plan, check
 from entrypoint.checkpoint import Lora, verify_lora
 from entrypoint.console import fail, say, warn
 from entrypoint.contract import Tree
 from entrypoint.diagnosis import last_words
+from entrypoint.facts import Facts, facts
 from entrypoint.failures import (
     BadLora,
     JobError,
@@ -28,10 +29,11 @@ from entrypoint.failures import (
     collecting,
 )
 from entrypoint.files import File, Single
-from entrypoint.record import Inputs, Job, Prepared
+from entrypoint.record import Inputs, Job, Looked, Prepared
 from entrypoint.request import Source, resolve
 from entrypoint.storage import RemoteObject, Storage
 from kohya import config, networks, states, tokenizers
+from kohya.buckets import Size
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -50,9 +52,9 @@ def run(arguments: Sequence[str]) -> int:
                 job.plan = check(job.request, job.tree, scratch(), storage)
             with job.stage("fetch"):
                 job.inputs = fetch(job.plan, storage)
-                look(job.inputs)
+                job.looked = look(job.inputs)
             with job.stage("prepare"):
-                job.prepared = prepare(job.inputs, job.tree, job.work)
+                job.prepared = prepare(job.inputs, job.looked, job.tree, job.work)
             with job.stage("train"):
                 ended = train(job.prepared)
             with job.stage("verify"):
@@ -103,9 +105,10 @@ def fetch(plan: Plan, storage: Storage) -> Inputs:
     return Inputs(plan, model, files, reg, weights, tagger, fetched)
 
 
-def look(inputs: Inputs) -> None:
+def look(inputs: Inputs) -> Looked:
     """Open every picture and caption that was fetched. Raises Unfit with all that cannot be used."""
     plan, problems = inputs.plan, list[Problem]()
+    seen: list[pictures.Seen] = []
     for found, files, on_disk in (
         (plan.dataset, plan.dataset_files, inputs.dataset),
         (plan.reg, plan.reg_files, inputs.reg),
@@ -113,34 +116,44 @@ def look(inputs: Inputs) -> None:
         with collecting(problems):
             if found is not None:
                 names = {name: _named(file) for name, file in files.items()}
-                pictures.check(found, on_disk, names, plan.merged.values)
+                seen.append(pictures.check(found, on_disk, names, plan.merged.values))
     if problems:
         raise Unfit(problems)
+    for note in (note for one in seen for note in one.notes):
+        say(f"fetch: {note}")
+    data, reg = seen[0], seen[1] if plan.reg is not None else None
+    told = _facts(plan, (data.sizes, reg.sizes if reg else ()))
+    for line in told.lines():
+        say(f"fetch: {line}")
+    return Looked(data, reg, told)
 
 
-def prepare(inputs: Inputs, tree: Tree, work: Path) -> Prepared:
+def prepare(inputs: Inputs, looked: Looked, tree: Tree, work: Path) -> Prepared:
     """The tree that the trainer sees, and the configuration that it reads."""
     plan = inputs.plan
     output, logs = work / "output", tree.tensorboard
     output.mkdir()
     logs.mkdir(parents=True, exist_ok=True)
-    links = dataset.link(plan.dataset, inputs.dataset, work / "dataset")
-    links = resize.apply(plan.request, links, plan.dataset_files)
-    written = captions.write(
-        plan.tagger,
-        inputs.tagger,
-        plan.dataset,
-        root=work / "dataset",
-        links=links,
-        given=plan.dataset_files,
-    )
+    origins: dict[str, str] = {}
+    written: dict[str, Path] = {}
+    for name, found, seen, files, on_disk in (
+        ("dataset", plan.dataset, looked.dataset, plan.dataset_files, inputs.dataset),
+        ("reg", plan.reg, looked.reg, plan.reg_files, inputs.reg),
+    ):
+        if found is None or seen is None:
+            continue
+        root = work / name
+        links = dataset.link(found, on_disk, root)
+        for made, link in mending.mend(found, seen, root, bool(plan.merged.values.get("alpha_mask"))).items():
+            links[made] = links.pop(link)
+        links = resize.apply(plan.request, links, files)
+        if name == "dataset":
+            written = captions.write(
+                plan.tagger, inputs.tagger, found, root=root, links=links, given=files
+            )
+        origins |= {str(path): _named(files[source]) for path, source in links.items()}
     if written:
         say(f"prepare: the captions are kept in {tree.data / 'captions'}, where they can be corrected")
-    origins = {str(path): _named(plan.dataset_files[name]) for path, name in links.items()}
-    if plan.reg is not None:
-        links = dataset.link(plan.reg, inputs.reg, work / "reg")
-        links = resize.apply(plan.request, links, plan.reg_files)
-        origins |= {str(path): _named(plan.reg_files[name]) for path, name in links.items()}
     owned: dict[str, object] = {
         "pretrained_model_name_or_path": str(base_model.unpacked(plan.model, inputs.model, work)),
         "output_dir": str(output),
@@ -252,6 +265,8 @@ def _say_plan(plan: Plan) -> None:
     for note in plan.dataset.notes:
         say(f"check: {note}")
     if plan.reg is not None:
+        for note in plan.reg.notes:
+            say(f"check: regularisation pictures: {note}")
         say(
             f"check: {plan.reg.pictures} regularisation pictures, {plan.reg.repeated} with repeats, of which "
             "an epoch uses as many as the data set has with repeats"
@@ -263,6 +278,11 @@ def _say_plan(plan: Plan) -> None:
         f"{plan.dataset.pictures} pictures, {plan.dataset.repeated} an epoch with repeats; "
         f"trainer {plan.request.trainer}{devices}; mixed_precision {precision.value} ({precision.where})"
     )
+
+
+def _facts(plan: Plan, sizes: tuple[Sequence[Size], Sequence[Size]]) -> Facts:
+    processes = plan.gpu.count if plan.gpu and plan.sd_scripts else 1
+    return facts(plan.dataset, plan.reg, plan.merged.values, sizes, processes)
 
 
 def _pictures(plan: Plan, work: Path) -> dict[str, str]:

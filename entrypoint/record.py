@@ -14,7 +14,9 @@ from entrypoint.check import Plan
 from entrypoint.checkpoint import Lora
 from entrypoint.contract import Tree
 from entrypoint.dataset import DataSet
+from entrypoint.facts import Facts
 from entrypoint.failures import Stopped
+from entrypoint.pictures import Seen
 from entrypoint.request import JobRequest
 from entrypoint.storage import Fetched
 from kohya.config import Merged
@@ -33,6 +35,15 @@ class Inputs:
     weights: Mapping[str, Sequence[Path]]  # by option: vae, network_weights, base_weights
     tagger: Path | None
     fetched: Sequence[Fetched]
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What was seen in the pictures and captions."""
+
+    dataset: Seen
+    reg: Seen | None
+    facts: Facts
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class Job:
     request: JobRequest | None = None
     plan: Plan | None = None
     inputs: Inputs | None = None
+    looked: Looked | None = None
     prepared: Prepared | None = None
     loras: Sequence[Lora] = ()
 
@@ -90,6 +102,8 @@ class Job:
             }
             if self.plan.reg is not None:
                 told["reg"] = _pictures(self.plan.reg)
+        if self.looked is not None:
+            told["facts"] = self.looked.facts.as_json()
         if self.inputs is not None:
             told["inputs"] = _inputs(self.inputs)
         if self.prepared is not None and self.prepared.captions:

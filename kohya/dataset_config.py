@@ -7,7 +7,7 @@ and names one key. The tables are its schema; an image_dir is here a folder belo
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -74,6 +74,8 @@ class Folder:
     repeats: int
     caption_extension: str
     has_class: bool  # class_tokens stand in for a missing caption
+    dataset: int = 0  # which of the [[datasets]] it is in
+    values: Mapping[str, Any] = field(default_factory=dict)  # what the tables say for it, the innermost first
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,13 @@ def read(text: str, where: str, options: Mapping[str, Any]) -> tuple[DatasetConf
                 wrongs.append(Problem(at, wrong, fix))
             problems += wrongs
             if not wrongs:
-                folders.append(_folder(subset, at, [subset, own, general, options]))
+                folders.append(_folder(subset, at, number - 1, [subset, own, general, options]))
     return DatasetConfig(content, tuple(folders)), problems
 
 
-def _folder(subset: Mapping[str, Any], where: str, layers: Sequence[Mapping[str, Any]]) -> Folder:
+def _folder(
+    subset: Mapping[str, Any], where: str, dataset: int, layers: Sequence[Mapping[str, Any]]
+) -> Folder:
     """What counts for a subset; `layers`: its own keys first, sd-scripts' options last."""
 
     def first(name: str, otherwise: Any) -> Any:
@@ -139,6 +143,8 @@ def _folder(subset: Mapping[str, Any], where: str, layers: Sequence[Mapping[str,
         repeats=first("num_repeats", layers[-1].get("dataset_repeats", 1)),
         caption_extension=first("caption_extension", ".caption"),
         has_class=bool(first("class_tokens", "")),
+        dataset=dataset,
+        values={name: value for layer in layers[2::-1] for name, value in layer.items()},
     )
 
 

@@ -11,7 +11,7 @@ from entrypoint.failures import Problem, StorageError
 FETCH_FOLDER = ".fetch"  # in the folder that is fetched to: unfinished files, and the record of finished ones
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a listing has 100,000 of them
 class S3Uri:
     """s3://bucket/key; a folder is a key too, with or without a slash at its end."""
 
@@ -44,7 +44,7 @@ class S3Uri:
         return self.key.rstrip("/") + "/" if self.key.strip("/") else ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RemoteObject:
     """An object as S3 lists it."""
 
@@ -89,7 +89,9 @@ def unsafe(relative: str) -> str | None:
         "begins with a drive": re.match("[A-Za-z]:", relative) is not None,
         "ends a name with a dot or a space": any(name != name.rstrip(". ") for name in segments),
         "is the name of a device on Windows": any(_DEVICE.fullmatch(name) for name in segments),
-        "holds a name of more than 255 bytes": any(len(name.encode()) > 255 for name in segments),
+        "holds a name of more than 255 bytes": any(
+            len(name.encode(errors="surrogatepass")) > 255 for name in segments
+        ),
         f"begins with {FETCH_FOLDER}, which this job needs itself": segments[0] == FETCH_FOLDER,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

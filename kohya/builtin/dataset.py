@@ -16,12 +16,12 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from kohya.buckets import Buckets, Size
 from kohya.builtin import BuiltinError
 from kohya.builtin.options import Options
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # all lower or all upper case, :103
 
-Size = tuple[int, int]  # width, height in pixels
 Pixels = npt.NDArray[np.uint8]  # height, width, RGB
 
 
@@ -66,9 +66,13 @@ class Dataset:
     def __init__(self, pictures: list[Picture], options: Options) -> None:
         self.pictures, self.options, self.epoch = pictures, options, 0
         seed = random.randint(0, 2**31)
-        chooser = _Buckets(options)
+        chooser = buckets(options)
         for picture in pictures:
-            picture.bucket, picture.resized = chooser.choose(picture)
+            picture.bucket, picture.resized = chooser.choose(picture.size)
+            if 0 in picture.bucket:
+                raise DatasetError(
+                    f"{picture.path} is smaller than bucket_reso_steps, {chooser.steps} pixels."
+                )
         self.resolutions = sorted({picture.bucket for picture in pictures})
         self.buckets = [
             [picture for picture in pictures if picture.bucket == size for _ in range(picture.repeats)]
@@ -110,6 +114,16 @@ class Dataset:
         kept, shuffled = tags[: options.keep_tokens], tags[options.keep_tokens :]
         random.shuffle(shuffled)
         return ", ".join(kept + shuffled)
+
+
+def buckets(options: Options) -> Buckets:
+    return Buckets(
+        options.size,
+        options.enable_bucket,
+        *options.bucket_range,
+        options.bucket_reso_steps,
+        options.bucket_no_upscale,
+    )
 
 
 def open_dataset(options: Options) -> Dataset:
@@ -192,58 +206,6 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             yield image
     except OSError as error:
         raise DatasetError(f"The picture {path} cannot be read: {error}.") from None
-
-
-class _Buckets:
-    """Which bucket a picture goes to; :216-350 and library/model_util.py:1316-1344."""
-
-    def __init__(self, options: Options) -> None:
-        self.steps: int = options.bucket_reso_steps
-        self.area = options.size[0] * options.size[1]
-        self.shrink_only = options.enable_bucket and options.bucket_no_upscale
-        self.sizes = self._all_sizes(options) if options.enable_bucket else [options.size]
-        self.ratios = np.array([width / height for width, height in self.sizes])
-
-    def choose(self, picture: Picture) -> tuple[Size, Size]:
-        """The bucket, and the size before cropping."""
-        if self.shrink_only:
-            resized = self._shrunk(picture.size)
-            bucket = (resized[0] - resized[0] % self.steps, resized[1] - resized[1] % self.steps)
-            if 0 in bucket:
-                raise DatasetError(f"{picture.path} is smaller than bucket_reso_steps, {self.steps} pixels.")
-            return bucket, resized
-        width, height = picture.size
-        bucket = picture.size
-        if bucket not in self.sizes:
-            bucket = self.sizes[int(np.abs(self.ratios - width / height).argmin())]
-        scale = bucket[1] / height if width / height > bucket[0] / bucket[1] else bucket[0] / width
-        return bucket, (int(width * scale + 0.5), int(height * scale + 0.5))
-
-    def _shrunk(self, size: Size) -> Size:
-        """`size`, or where its area is too large the size with the same ratio and one side on a step."""
-        if size[0] * size[1] <= self.area:
-            return size
-        ratio = size[0] / size[1]
-        wide = math.sqrt(self.area * ratio)
-        by_width, by_height = self._round(wide), self._round(self.area / wide)
-        width_error = abs(by_width / max(self._round(by_width / ratio), 1) - ratio)
-        height_error = abs(self._round(by_height * ratio) / max(by_height, 1) - ratio)
-        if width_error < height_error:
-            return by_width, int(by_width / ratio + 0.5)
-        return int(by_height * ratio + 0.5), by_height
-
-    def _round(self, length: float) -> int:
-        return int(length + 0.5) // self.steps * self.steps
-
-    def _all_sizes(self, options: Options) -> list[Size]:
-        smallest, largest = options.bucket_range
-        square = int(math.sqrt(self.area) // self.steps) * self.steps
-        sizes = {(square, square)}
-        for width in range(smallest, largest + 1, self.steps):
-            height = min(largest, self.area // width // self.steps * self.steps)
-            if height >= smallest:
-                sizes |= {(width, height), (height, width)}
-        return sorted(sizes)
 
 
 def _resize(image: Pixels, size: Size) -> Pixels:

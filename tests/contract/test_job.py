@@ -1,6 +1,7 @@
 """The job as a process, in each of the three ways that it can be asked for, for both kinds."""
 
 import json
+import shutil
 import signal
 import tarfile
 import tomllib
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -351,3 +353,42 @@ def test_a_job_goes_on_from_a_state(job: Job, base_models: dict[Kind, Path], pic
         "ERROR: flag --resume: /nowhere is no state of the trainer builtin: there is no train_state.json in "
         "it. Name a folder such as lora-step00000012-state.\n"
     )
+
+
+def test_what_sd_scripts_would_mistake_is_mended_and_what_training_comes_to_is_told(
+    job: Job, base_models: dict[Kind, Path], pictures: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    folder = data / "2_shape"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(folder / "0.png") as picture:
+        picture.resize((128, 96)).save(folder / "0.jpg", exif=exif)
+    (folder / "0.png").unlink()
+    (folder / "1.txt").write_bytes(b"\xef\xbb\xbfa green square")
+    (folder / "0_0064x0064_sd.npz").write_text("of another day")
+    job.mount("model", base_models["sd15"])
+    job.mount("dataset", data)
+    job.configure(
+        "hyperparameters",
+        {**TINY, "enable_bucket": "true", "min_bucket_reso": "64", "bucket_no_upscale": "false"},
+    )
+    before = {path: path.read_bytes() for path in data.rglob("*.*")}
+
+    result = job.run()
+
+    assert result.code == 0, result.out + result.err
+    for said in (
+        "check: left out: 1 latent cache (0_0064x0064_sd.npz)",
+        "fetch: 1 picture (0.jpg): turned as its EXIF tag says",
+        "fetch: 1 caption (1.txt): a byte order mark is taken out",
+        "fetch: 2_shape: 4 pictures × 2, 4 captions",
+        "fetch: 4 batches an epoch, 2 epochs, 8 steps",
+        "prepare: 1 pictures and 1 captions mended; the data set stays as it is",
+    ):
+        assert said in result.out, said
+    assert {path: path.read_bytes() for path in data.rglob("*.*")} == before
+    facts = job.record["facts"]
+    assert (facts["batches"], facts["steps"], facts["epochs"], facts["exact"]) == (4, 8, 2, True)
+    assert max(int(line.split("/")[1].split()[0]) for line in result.lines if line.startswith("step=")) == 8

@@ -330,10 +330,10 @@ def test_buckets_are_sd_scripts_own(case: dict[str, Any]) -> None:
     places = {"pretrained_model_name_or_path": "m", "train_data_dir": "d", "output_dir": "o"}
     given = {name: value for name, value in case.items() if name != "rows"}
     config = {**places, **given, "network_module": "networks.lora", "enable_bucket": True}
-    chooser = dataset._Buckets(options.read(config, "sdxl"))
+    chooser = dataset.buckets(options.read(config, "sdxl"))
     for size, bucket, resized, crop in case["rows"]:
         picture = dataset.Picture(Path("x"), "", 1, tuple(size))
-        picture.bucket, picture.resized = chooser.choose(picture)
+        picture.bucket, picture.resized = chooser.choose(picture.size)
         assert [list(picture.bucket), list(picture.resized), list(picture.crop)] == [bucket, resized, crop], (
             size
         )

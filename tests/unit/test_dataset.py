@@ -1,8 +1,16 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from entrypoint.dataset import DataSet, as_given, inspect, inspect_folders, link
+from entrypoint import files
+from entrypoint.dataset import DataSet, as_given, inspect, inspect_folders, link, places
+from entrypoint.failures import StorageError, Unfit
+from entrypoint.request import Source
+from entrypoint.storage import RemoteObject, S3Uri, Storage
+from entrypoint.storage.objects import safe_relative
 from kohya.dataset_config import Folder
 from kohya.problem import Problem
 
@@ -181,3 +189,115 @@ def test_pictures_of_a_kind_that_is_not_read_are_told() -> None:
     _, problems = inspect(sizes, "data")
     assert len(problems) == 1
     assert "would leave out 2 pictures (b.heic, c.GIF)" in str(problems[0])
+
+
+def test_what_is_no_part_of_the_data_set_is_said_in_a_line_a_kind() -> None:
+    data_set, problems = look(
+        "1_cat/a.png", "1_cat/a.txt", "1_cat/a_0512x0512_sd.npz", "1_cat/b.txt", "1_cat/c.txt",
+        "1_cat/.DS_Store", "1_cat/._a.png", "__MACOSX/1_cat/a.png", "1_cat/Thumbs.db", "meta_cap.json",
+        "README",
+    )  # fmt: skip
+    assert problems == []
+    assert data_set.files == ["1_cat/a.png", "1_cat/a.txt"]
+    assert data_set.notes == (
+        "left out: 4 hidden files (.DS_Store, ._a.png, Thumbs.db, …)",
+        "left out: 1 latent cache (a_0512x0512_sd.npz)",
+        "left out: 2 captions without a picture (b.txt, c.txt)",
+        "left out: 2 other files (README, meta_cap.json)",
+    )
+    assert look("1_cat/a.png", "1_cat/a.txt")[0].notes == ()
+
+
+@pytest.mark.parametrize(
+    ("paths", "said"),
+    [
+        (("1_cat/a.png", "1_cat/a.caption"), "it has a .caption file. Set caption_extension=.caption"),
+        (("1_cat/a.png", "1_cat/a.png.txt"), "it has a .png.txt file. Set caption_extension=.png.txt"),
+        (
+            ("1_cat/a.png", "1_cat/A.CAPTION", "1_cat/b.png", "1_cat/b.caption", "1_cat/c.png"),
+            "2 have a .caption file. Set caption_extension=.caption, or rename the captions to .txt",
+        ),
+        (("1_cat/a.png",), "a.png. Add the captions, or set allow_missing_captions=true"),
+    ],
+)
+def test_captions_with_another_ending_are_found(paths: tuple[str, ...], said: str) -> None:
+    assert said in told(*paths)
+
+
+def test_pictures_without_a_byte_are_refused() -> None:
+    problems = inspect({"1_cat/a.png": 0, "1_cat/a.txt": 5, "1_cat/b.png": 1, "1_cat/b.txt": 5}, "x")[1]
+    assert str(problems[0]).startswith("x/1_cat: 1 picture (a.png) with 0 bytes. Upload them again")
+
+
+def test_names_that_differ_in_case_alone_are_refused() -> None:
+    said = told("1_cat/A.png", "1_cat/A.txt", "1_cat/a.png", "1_cat/a.txt")
+    assert "2 pictures (A.png, a.png) whose names differ in upper and lower case alone" in said
+    assert look("1_Cat/a.png", "1_Cat/a.txt", "1_cat/a.png", "1_cat/a.txt")[1] == []
+
+
+def test_a_folder_counts_its_bytes() -> None:
+    data_set, _ = look("1_cat/a.png", "1_cat/a.txt", "1_cat/b.txt")
+    assert data_set.subsets[0].bytes == 20
+
+
+def test_a_long_name_leaves_room_for_the_repeats() -> None:
+    data_set, _ = inspect({"a.png": 1, "a.txt": 1}, "/data/" + "x" * 255)
+    assert len(data_set.subsets[0].folder) < 255
+
+
+NAMES = st.text(
+    st.sampled_from("ab.A_1 é\udc80/\\\n") | st.characters(), min_size=1, max_size=20
+)  # a surrogate stands for a byte that is no text
+
+
+@given(st.lists(NAMES, max_size=6), st.sampled_from([".txt", ".png.txt", "caption"]))
+@example(["\udc80"], ".txt")
+@settings(max_examples=200, deadline=None)
+def test_no_key_leaves_the_tree_or_stops_the_report(keys: list[str], extension: str) -> None:
+    """Whatever keys there are: each is refused, or becomes a file right where it belongs."""
+    folder = S3Uri("b", "cats")
+    paths = []
+    for key in keys:
+        for name in (key, f"1_cat/{key}.png", f"1_cat/{key}.txt"):
+            try:
+                paths.append(safe_relative(S3Uri("b", f"cats/{name}"), folder))
+            except StorageError:
+                continue
+    root = Path("/tree")
+    for path in paths:
+        assert (root / path).parts == (*root.parts, *path.split("/"))
+    for wrapped in (True, False):
+        data_set, _ = inspect(dict.fromkeys(paths, 1), str(folder), caption_extension=extension, flat=wrapped)
+        folders = {root / subset.folder for subset in data_set.subsets}
+        for _, picture, caption in places(data_set, root):
+            for place in (picture, caption):
+                assert place.parent in folders
+                assert place.parent.parent == root
+                assert ".." not in place.parts
+        assert set(data_set.files) <= set(paths)
+
+
+class Bucket(Storage):
+    """One that lists these keys."""
+
+    def __init__(self, *keys: str) -> None:
+        super().__init__()
+        self.keys = keys
+
+    def list(self, folder: S3Uri) -> Iterator[RemoteObject]:
+        return (RemoteObject(S3Uri(folder.bucket, key), 1, "etag") for key in self.keys)
+
+
+def test_every_key_that_leaves_its_folder_is_told() -> None:
+    source = Source(S3Uri("b", "cats"), "dataset_uri")
+    assert list(files.listing(source, Bucket("cats/1_a/b.png"))) == ["1_a/b.png"]
+    with pytest.raises(Unfit) as caught:
+        files.listing(source, Bucket("cats/../x.png", "cats/a.png", "cats//y.png"))
+    assert [problem.wrong for problem in caught.value.problems] == [
+        "the key leads out of its folder",
+        "the key holds an empty name between slashes",
+    ]
+    with pytest.raises(Unfit) as caught:
+        files.listing(source, Bucket(*(f"cats/../{number}.png" for number in range(30))))
+    assert len(caught.value.problems) == 21
+    assert str(caught.value.problems[-1]) == "s3://b/cats: 10 more keys are unfit. Rename these first."
