@@ -326,9 +326,9 @@ def test_what_is_fetched_and_what_is_copied_counts_for_the_disk(tmp_path: Path) 
     remote, local = RemoteObject(S3Uri("b", "l"), 200, ""), tmp_path / "v"
     pictures: list[File] = [RemoteObject(S3Uri("b", "p"), 30, ""), local]
     weights = {"base_weights": (Single(remote, streamed=False), Single(local, streamed=False))}
-    assert _to_fetch(model, pictures, Extras(weights, None, None)) == 1230
+    assert _to_fetch(model, pictures, Extras(weights, None, None), None) == 1230
     weights["vae"] = (Single(local, streamed=True),)
-    assert _to_fetch(model, pictures, Extras(weights, None, None)) == 1240
+    assert _to_fetch(model, pictures, Extras(weights, None, None), None) == 1240
 
 
 def test_fp16_keeps_sdxls_own_vae_in_fp32_and_not_one_that_is_given(tmp_path: Path) -> None:

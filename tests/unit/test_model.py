@@ -147,6 +147,7 @@ def test_a_model_in_s3_is_told_from_a_few_of_its_bytes(form: str, tmp_path: Path
     ("files", "said"),
     [
         (["model_index.json", "unet/a.safetensors", "vae/b.safetensors"], "in diffusers' format"),
+        (["model_index.json", "transformer/a.safetensors", "vae/b.safetensors"], "in diffusers' format"),
         (["unet/a.safetensors", "unet/config.json", "vae/b.safetensors"], "in diffusers' format"),
         (["sub/model_index.json", "sub/unet/a.bin"], "convert_diffusers_to_original_sdxl.py"),
         (["a.safetensors", "b.ckpt"], "there are 2 files (a.safetensors, b.ckpt)"),
