@@ -1,0 +1,7 @@
+"""`format`."""
+
+from collections.abc import Sequence
+
+
+def run(arguments: Sequence[str]) -> int:
+    return 2
