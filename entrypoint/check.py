@@ -297,7 +297,7 @@ def _trainer(
 def _resumed(trainer: Trainer, merged: Merged) -> tuple[Merged, list[Problem]]:
     """The configuration of a run that goes on from a state, and what is wrong with the state's folder."""
     resume = merged.settings["resume"]
-    folder = Path(str(resume.value)).expanduser().absolute()
+    folder = Path(os.path.expanduser(str(resume.value))).absolute()  # noqa: PTH111 (Path's raises for ~nobody)
     own = "random_states.bin" if trainer == "builtin" else "random_states_0.pkl"
     if missing := [name for name in ("train_state.json", own) if not (folder / name).is_file()]:
         wrong = f"{folder} is no state of the trainer {trainer}: there is no {missing[0]} in it"

@@ -3,8 +3,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from kohya import config
+from kohya import config, rules
 from kohya.config import Setting
 
 CONFIGS = Path(config.__file__).parents[1] / "configs"
@@ -300,3 +302,114 @@ def test_a_user_interfaces_own_keys_are_left_out() -> None:
 def test_a_resolution_may_be_a_list_or_have_spaces(value: str) -> None:
     settings, _ = config.read(f"resolution = {value}", "job.toml")
     assert config.merge("sd15", [settings]).values["resolution"] == "512,768"
+
+
+def test_keys_that_are_set_twice_in_one_table_are_all_named_with_both_lines() -> None:
+    """TOML forbids it, and its reader stops at the first."""
+    text = "seed = 1\n[a]\n'unet_lr' = 1\nseed = 2\nunet_lr = 2\nseed = 3\n[ a ] # again\nnope = 1"
+    settings, problems = config.read(text, "job.toml")
+    assert [str(problem).partition(",")[0] for problem in problems] == [
+        "job.toml line 2 and 7: [a] opens twice",
+        "job.toml line 3 and 5: unet_lr is set twice",
+        "job.toml line 4 and 6: seed is set twice",
+        "job.toml line 1 and 4 and 6: seed is set twice",
+    ]
+    assert "nope" in [setting.name for setting in settings]  # and so all else is told as well
+
+
+def test_a_mistake_beside_a_key_that_is_set_twice_is_told_too() -> None:
+    _, problems = config.read("seed = 1\nseed = 2\nfoo = [1,", "job.toml")
+    assert "line 1 and 2: seed is set twice" in str(problems[0])
+    assert "it is not TOML" in str(problems[1])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a = " + "[" * 5000, "it is not TOML"),
+        ("seed = 1" + "0" * 5000, "it is not TOML"),
+        ("a." * 200_000 + "b = 1", "a key with 100 parts"),
+        ("x = {" + "'a' . " * 100 + "b = 1}", "a key with 100 parts"),
+        ("".join(f"key{number} = 1\n" for number in range(60_000)), "it sets 60000 keys"),
+        (
+            "[[datasets]]\n[[datasets.subsets]]\nimage_dir = '.'\n",
+            "datasets belongs to a dataset_config",
+        ),
+        ("[general]\nshuffle_caption = true\ngeneral = 1", "general belongs to a dataset_config"),
+        ("seed = 0x" + "f" * 5000, "seed is too large"),
+        ("optimizer_args = [[0x" + "f" * 5000 + "]]", "optimizer_args is too large"),
+        ("text_encoder_lr = [2020-01-01]", "text_encoder_lr = 2020-01-01 is not a number"),
+        ("text_encoder_lr = [[1]]", "is not a number"),
+        ("text_encoder_lr = '" + "[" * 5000 + "'", "is not a number"),
+        ("k" * 5000 + " = 1", "k is no option of sd-scripts"),
+    ],
+)
+def test_a_hostile_toml_is_a_problem_at_once(text: str, said: str) -> None:
+    settings, problems = config.read(text, "job.toml")
+    told = [str(problem) for problem in (*problems, *config.merge("sd15", [settings]).problems)]
+    assert any(said in one for one in told), [one[:300] for one in told]
+    assert max(map(len, told)) < 1000
+
+
+@settings(deadline=None)
+@given(st.text(), st.booleans())
+def test_no_text_brings_the_reader_down(text: str, any_depth: bool) -> None:
+    found, problems = config.read(text, "job.toml", any_depth=any_depth)
+    config.merge("sdxl", [found])
+    assert all(problem.where.startswith("job.toml") for problem in problems)
+
+
+KEYS = st.sampled_from([*config.options(), *config.ALIASES, "epoch", "datasets", "nope"])
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.dates()
+    | st.sampled_from(["1e-4"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(KEYS, VALUES, max_size=6), st.sampled_from(config.KINDS), st.booleans())
+def test_no_value_brings_the_checks_down_and_what_is_read_stays_read(
+    values: dict[str, object], kind: config.Kind, as_text: bool
+) -> None:
+    layer = [Setting(name, str(value) if as_text else value, name, as_text) for name, value in values.items()]
+    merged = config.merge(kind, [layer])
+    again = config.merge(kind, [list(merged.settings.values())])
+    assert (again.values, again.problems) == (merged.values, ())
+    assert tomllib.loads(config.dump(merged.values)) == merged.values
+    settled, _ = rules.settle(kind, merged)
+    assert tomllib.loads(config.dump(settled.values)) == settled.values
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("log_tracker_name = '../x'", "cannot be part of a file name"),
+        ("caption_extension = '/../x'", 'caption_extension = "/../x" is no ending of a file name'),
+        ("unet_lr = 1e6", "is too large. Write 100 or less"),
+        ("text_encoder_lr = [1e6]", "is too large. Write 100 or less"),
+        ("learning_rate = 1e6", "is too large. Write 100 or less"),
+        ("sample_every_n_steps = -1", "is too small"),
+    ],
+)
+def test_values_that_would_leave_their_place(line: str, said: str) -> None:
+    assert said in problem(line)
+
+
+def test_every_bound_is_held() -> None:
+    """One value beside each, and the bound itself."""
+    for bounds, step in ((config.MINIMUM, -1), (config.MAXIMUM, 1)):
+        for name, bound in bounds.items():
+            option = config.options()[name]
+            for value, fits in ((bound + step, False), (bound, True)):
+                if option.type == "int" and not float(value).is_integer():
+                    continue
+                asked = [Setting(name, [value] if option.nargs == "*" else value, name)]
+                told = config.merge(option.kinds[0], [asked])
+                off = str(value) in config._MEAN_UNSET.get(name, ())
+                assert (told.problems == ()) == (fits or off), (name, value)
