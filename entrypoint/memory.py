@@ -15,7 +15,8 @@ from entrypoint.failures import Problem
 from entrypoint.gpu import Gpu
 from kohya.config import Kind, Merged
 
-_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of cgroup v2 and v1, below /sys/fs/cgroup
+_CGROUP = Path("/sys/fs/cgroup")
+_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of cgroup v2 and v1
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def of_this_machine() -> int:
     """Bytes of main memory that this process may use: the machine's, or its container's limit."""
     limits = [psutil.virtual_memory().total]
     for name in _LIMITS:
-        file = Path("/sys/fs/cgroup") / name
+        file = _CGROUP / name
         if file.is_file() and (told := file.read_text().strip()).isdecimal():
             limits.append(int(told))
     return min(limits)

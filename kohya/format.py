@@ -1,7 +1,7 @@
 """A TOML of the trainer's options, corrected where that is safe; everything else in it stays as it was.
 
 Lines are kept, and so are comments, blank lines and sections: to sd-scripts a section's name means nothing,
-to a person it is a heading. No library is used for it: those that keep comments let no key be renamed or moved.
+to a person it is a heading. No library does it: those that keep comments let no key be renamed or moved.
 What is corrected:
 
 types     "1e-4" becomes 1e-4, "false" becomes false, 512 becomes "512": as its option is declared
@@ -32,7 +32,7 @@ class Formatted:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A blank line, a comment or a section's heading; or a key with its value and comment, in all its lines."""
+    """A blank line, a comment or a section's heading; or a key, its value and comment, in all their lines."""
 
     line: int
     text: str

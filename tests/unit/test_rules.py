@@ -273,3 +273,69 @@ def test_a_name_that_is_no_class_goes_nowhere(name: str, value: str) -> None:
 def test_a_masked_loss_takes_its_mask_from_a_dataset_config() -> None:
     assert settle("sd15", masked_loss="true", dataset_config="data.toml")[1] == []
     assert settle("sd15", masked_loss="true", alpha_mask="true")[1] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        (None, "AdamW AdaFactor SGDNesterov"),
+        ("bitsandbytes", "AdamW8bit PagedAdamW PagedAdamW8bit PagedAdamW32bit Lion8bit PagedLion8bit"),
+        ("bitsandbytes", "SGDNesterov8bit"),
+        ("dadaptation", "DAdaptation DAdaptAdamPreprint DAdaptAdaGrad DAdaptAdam DAdaptAdan DAdaptAdanIP"),
+        ("dadaptation", "DAdaptLion DAdaptSGD"),
+        ("schedulefree", "RAdamScheduleFree AdamWScheduleFree SGDScheduleFree"),
+        ("lion_pytorch", "Lion"),
+        ("prodigyopt", "Prodigy"),
+        (None, "ASGD Adadelta Adagrad Adam Adamax NAdam RAdam RMSprop Rprop SGD"),
+    ],
+)
+def test_every_optimizer_that_sd_scripts_knows_is_fit(module: str | None, names: str) -> None:
+    """Its names: train_util.py:3606-3614; torch's in their own spelling."""
+    for name in names.split():
+        assert settle("sd15", optimizer_type=name)[1] == []
+        assert rules.modules({"optimizer_type": name}) == ({module: "optimizer_type"} if module else {})
+
+
+def test_every_schedule_is_fit() -> None:
+    more = {"cosine_with_min_lr": {"lr_scheduler_min_lr_ratio": "0.1"}}
+    for name in ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay"]:
+        assert settle("sd15", lr_scheduler=name, **more.get(name, {}))[1] == []
+
+
+def test_modules_whose_package_has_another_name() -> None:
+    """Names on PyPI."""
+    told = {module: rules.package(module) for module in
+            ("lycoris", "prodigyplus", "pytorch_optimizer", "lion_pytorch", "prodigyopt")}  # fmt: skip
+    assert told == {
+        "lycoris": "lycoris-lora",
+        "prodigyplus": "prodigy-plus-schedule-free",
+        "pytorch_optimizer": "pytorch-optimizer",
+        "lion_pytorch": "lion-pytorch",
+        "prodigyopt": "prodigyopt",
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["DAdaptation", "DAdaptAdamPreprint", "DAdaptAdam", "DAdaptLion", "DAdaptSGD", "Prodigy"]
+)
+def test_optimizers_that_take_one_rate(name: str) -> None:
+    problems = settle("sd15", optimizer_type=name, unet_lr="1", text_encoder_lr=".5")[1]
+    assert [problem.wrong for problem in problems] == [
+        f"{name.lower()} takes one learning rate for all parts"
+    ]
+    assert settle("sd15", optimizer_type="DAdaptAdaGrad", unet_lr="1", text_encoder_lr=".5")[1] == []
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"full_fp16": "true", "full_bf16": "true", "mixed_precision": "fp16"}, "exclude each other"),
+        ({"initial_epoch": "2", "resume": "/state"}, "initial_epoch and resume exclude each other"),
+        ({"output_config": "true"}, "it writes a configuration and trains nothing"),
+        ({"dataset_class": "a.B"}, "it loads a data set by code of its own"),
+        ({"resume_from_huggingface": "true"}, "the job does not reach the hub"),
+        ({"save_state_to_huggingface": "true"}, "the job does not reach the hub"),
+    ],
+)
+def test_what_can_never_be_used_or_not_together(values: dict[str, str], said: str) -> None:
+    assert any(said in problem.wrong for problem in settle("sd15", **values)[1])
