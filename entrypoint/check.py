@@ -22,7 +22,7 @@ from entrypoint.inputs import Extras
 from entrypoint.request import JobRequest, Location, Source, Trainer
 from entrypoint.storage import RemoteObject, S3Uri, Storage
 from kohya import config, rules, sd_scripts, tokenizers
-from kohya.builtin.options import problems as builtin_problems
+from kohya.builtin.options import lacks as builtin_lacks
 from kohya.config import Kind, Merged, Setting
 from kohya.sd_scripts import SdScripts
 
@@ -281,7 +281,7 @@ def _trainer(
         merged, wrong_state = _resumed(request.trainer, merged)
         problems += wrong_state
     if request.trainer == "builtin":
-        return None, merged, [*problems, *(_absent_libraries() if here else []), *_builtin(kind, merged)]
+        return None, merged, [*problems, *(_absent_libraries() if here else []), *_builtin(merged)]
     found = None
     try:
         found = sd_scripts.find()
@@ -312,11 +312,11 @@ def _absent_libraries() -> list[Problem]:
     return [Problem("trainer builtin", wrong, "Type: pip install 'sagemaker-kohya[train]'")] if absent else []
 
 
-def _builtin(kind: Kind, merged: Merged) -> list[Problem]:
+def _builtin(merged: Merged) -> list[Problem]:
     """The options that the built-in trainer does not have."""
     problems = []
     owned = dict.fromkeys(config.OWNED, "the job's")
-    for name, wrong, fix in builtin_problems({**merged.values, **owned}, kind):
+    for name, wrong, fix in builtin_lacks({**merged.values, **owned}):
         where = merged.settings[name].where if name in merged.settings else "trainer builtin"
         problems.append(Problem(where, wrong if where.endswith(name) else f"{name}: {wrong}", fix))
     return problems
