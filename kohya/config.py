@@ -302,6 +302,8 @@ def _check(kind: Kind, setting: Setting, notes: list[str]) -> Setting | None:
     value = (
         _as_list(option, setting.value) if option.nargs == "*" else _READERS[option.type](name, setting.value)
     )
+    if value == []:  # written as text
+        return None
     _check_value(option, value)
     if isinstance(setting.value, str) and not (isinstance(value, str) or setting.as_text):
         notes.append(f"{setting.where}: {name} = {_show(setting.value)} is read as {_show(value)}")

@@ -224,6 +224,7 @@ def test_what_can_be_mended_is_mended_and_said() -> None:
 
 def test_empty_values_are_not_set_and_unset_a_lower_layer() -> None:
     assert merged('reg_data_dir = ""\nnetwork_args = []\nseed = 1', seed="").values == {}
+    assert merged("text_encoder_lr = 1e-4", text_encoder_lr="[]").values == {}
 
 
 def test_an_empty_length_drops_no_other() -> None:
@@ -413,3 +414,43 @@ def test_every_bound_is_held() -> None:
                 told = config.merge(option.kinds[0], [asked])
                 off = str(value) in config._MEAN_UNSET.get(name, ())
                 assert (told.problems == ()) == (fits or off), (name, value)
+
+
+def test_the_smallest_and_largest_values() -> None:
+    """What sd-scripts ends in an error over, or trains nothing with, one below and one above."""
+    zero = """seed keep_tokens max_data_loader_n_workers learning_rate unet_lr text_encoder_lr lr_warmup_steps
+        max_grad_norm caption_dropout_rate noise_offset min_snr_gamma network_alpha caption_tag_dropout_rate
+        network_dropout validation_split save_n_epoch_ratio caption_dropout_every_n_epochs min_timestep"""
+    one = """gradient_accumulation_steps max_train_epochs max_train_steps network_dim save_every_n_epochs
+        save_every_n_steps train_batch_size vae_batch_size bucket_reso_steps clip_skip max_timestep
+        sample_every_n_epochs sample_every_n_steps"""
+    least = {**dict.fromkeys(zero.split(), 0), **dict.fromkeys(one.split(), 1), "min_bucket_reso": 64}
+    rates = dict.fromkeys(("learning_rate", "unet_lr", "text_encoder_lr"), 100)
+    shares = dict.fromkeys(("caption_dropout_rate", "caption_tag_dropout_rate", "network_dropout"), 1)
+    most = {**rates, **shares, "clip_skip": 12, "validation_split": 0.99, "min_timestep": 999}
+    assert least == config.MINIMUM
+    assert {**most, "max_timestep": 1000} == config.MAXIMUM
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pretrained_model_name_or_path", "train_data_dir", "output_dir", "logging_dir", "tokenizer_cache_dir"],
+)
+def test_a_path_of_the_jobs_own_is_replaced(name: str) -> None:
+    result = config.own(merged(f"{name} = './x'"), {name: "/y"})
+    assert result.notes == (f"job.toml line 1: {name} is the job's to choose, and was replaced",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conditioning_data_dir", "config_file", "console_log_file", "in_json", "log_tracker_config",
+        "offload_optimizer_nvme_path", "offload_param_nvme_path",
+    ],
+)  # fmt: skip
+def test_a_path_without_a_channel_is_refused(name: str) -> None:
+    assert f"{name} names a file or folder, and there is no channel for it" in problem(f"{name} = 'x'")
+
+
+def test_the_misspelt_caption_extension_is_the_right_one() -> None:
+    assert merged("caption_extention = '.cap'").values == {"caption_extension": ".cap"}
