@@ -49,9 +49,9 @@ def formatted(text: str, where: str) -> Formatted:
         pieces = list(_pieces(text))
     except tomllib.TOMLDecodeError:  # which config.read has told
         return Formatted(text, (), tuple(problems))
-    twice = list(_twice([piece.setting for piece in pieces if piece.setting], where))
-    if twice:  # which of them counts depends on their order
-        return Formatted(text, (), (*problems, *twice))
+    names = [piece.setting.name for piece in pieces if piece.setting]
+    if len({config.ALIASES.get(name, name) for name in names}) < len(names):  # their order decides
+        return Formatted(text, (), (*problems, *_under_two_names(names, where)))
     changes: list[str] = []
     pieces = [_corrected(piece, where, changes) for piece in pieces]
     return Formatted("\n".join(_ordered(pieces, where, changes)), tuple(changes), tuple(problems))
@@ -83,11 +83,10 @@ def _parsed(text: str) -> dict[str, Any] | None:
         return None
 
 
-def _twice(settings: Sequence[Setting], where: str) -> Iterator[Problem]:
-    """Options that are set under two names."""
-    names = {setting.name for setting in settings}
+def _under_two_names(names: Sequence[str], where: str) -> Iterator[Problem]:
+    """Options that are set under two names; those that are set twice under one config.read has told."""
     for old, new in config.ALIASES.items():
-        if {old, new} <= names:
+        if {old, new} <= set(names):
             yield Problem(where, f"{old} and {new} are the same option", "Keep one of the two lines")
 
 

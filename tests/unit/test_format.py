@@ -89,6 +89,7 @@ def test_the_presets_are_neat_but_for_their_order(kind: str) -> None:
     [
         ("seed = 1\nseed = 2\n", "line 1 and 2: seed is set twice"),
         ("[a]\nseed = 1\n[b]\nseed = 2\n", "line 2 and 4: seed is set twice"),
+        ("lr_restart_cycles = 0\n[b]\nlr_restart_cycles = false\n", "line 1 and 3: lr_restart_cycles is set"),
         ("lr_restart_cycles = 1\nlr_scheduler_num_cycles = 2\n", "are the same option"),
         ("[a.b]\nseed = '1'\n", "stands inside another"),
         ("netwrok_dim = '8'\n", "is no option of sd-scripts"),
