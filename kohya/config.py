@@ -61,7 +61,6 @@ _LENGTHS = ("max_train_steps", "max_train_epochs")
 # The largest value that makes sense; any other whole number must fit into 64 bits.
 MAXIMUM = {
     "clip_skip": 12, "caption_dropout_rate": 1, "caption_tag_dropout_rate": 1,
-    "learning_rate": 100, "unet_lr": 100, "text_encoder_lr": 100,  # far below: 1e6 makes NaN, exit code 0
     "network_dropout": 1, "validation_split": 0.99, "min_timestep": 999, "max_timestep": 1000,
 }  # fmt: skip
 _64_BITS = 2**63 - 1
