@@ -34,7 +34,7 @@ SD_SCRIPTS_COMMIT = $(shell awk -F '"' '/^COMMIT = / {print $$2}' kohya/sd_scrip
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo image image-cpu run shell push size lock full-size checks sd-scripts options test test-image test-sd-scripts test-gpu lint format clean
+.PHONY: help env demo image image-cpu run shell push size lock full-size checks sd-scripts options test mutate test-image test-sd-scripts test-gpu lint format clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -119,6 +119,9 @@ options: $(READY) ## Write kohya/options.json and tests/data from the pinned sd-
 	"$$1" -m kohya.options "$$2" >$(VENV)/options.json; mv $(VENV)/options.json kohya/options.json; \
 	"$$1" -m tests.shapes "$$2" tests/data >/dev/null; \
 	"$$1" -m tests.buckets "$$2" 1 24 | tail -n 1 >$(VENV)/facts.json; mv $(VENV)/facts.json tests/data/sd_scripts_facts.json
+
+mutate: $(READY) ## Delete each rule in turn, and show that a test notices [ONLY=kohya/rules.py]
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.mutate_rules $(ONLY)
 
 test-sd-scripts: $(READY) ## Run the tests that need sd-scripts [SD_SCRIPTS_DIR SD_SCRIPTS_PYTHON]
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal tests/sd_scripts

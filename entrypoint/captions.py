@@ -69,15 +69,20 @@ class Tagger:
         return ranked(_GENERAL, 0)[:1], False
 
 
-def find(request: JobRequest, storage: Storage) -> Tagger | None:
-    """The tagger, if captions are asked for: looked at, not fetched. Raises Unfit with all that is wrong."""
+def find(request: JobRequest, storage: Storage, *, here: bool = True) -> Tagger | None:
+    """The tagger, if captions are asked for: looked at, not fetched. Raises Unfit with all that is wrong.
+
+    Unless the job is to run `here`, nothing is said of this machine: the image may have what it lacks.
+    """
     asked, problems = request.caption, list[Problem]()
     if asked is None:
         if request.tagger is not None:
             wrong = "there is a tagger, and nothing asks for captions"
             raise Unfit([Problem(request.tagger.where, wrong, "Add caption=wd14, or remove it")])
         return None
-    if importlib.util.find_spec("onnxruntime") is None:
+    if not here and request.tagger is None:
+        return None
+    if here and importlib.util.find_spec("onnxruntime") is None:
         wrong = "captions are written with onnxruntime, which cannot be imported here"
         problems.append(Problem(asked.where, wrong, "Type: pip install 'sagemaker-kohya[caption]'"))
     found = None

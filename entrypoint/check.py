@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from entrypoint import captions, console, files, inputs, resize
+from entrypoint import captions, console, files, inputs, memory, resize
 from entrypoint import model as base_model
 from entrypoint.captions import Tagger
 from entrypoint.contract import Tree
@@ -22,7 +22,7 @@ from entrypoint.model import ModelFile
 from entrypoint.request import ESD_TAGGER, Captioning, JobRequest, Location, Source, Trainer
 from entrypoint.storage import RemoteObject, S3Uri, Storage
 from kohya import config, rules, sd_scripts, tokenizers
-from kohya.builtin.options import problems as builtin_problems
+from kohya.builtin.options import lacks as builtin_lacks
 from kohya.config import Kind, Merged, Setting
 from kohya.sd_scripts import SdScripts
 
@@ -51,23 +51,58 @@ class Plan:
     tagger: Tagger | None  # None: no captions are asked for
 
 
+@dataclass(frozen=True)
+class Here:
+    """The folders of the machine that the job is to run on, where that is this one."""
+
+    tree: Tree
+    scratch: Path
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that was found, of a request that can be trained and of one that cannot."""
+
+    problems: tuple[Problem, ...]
+    merged: Merged
+    gpu: Gpu | None
+    kind: Kind | None
+    model: ModelFile | None
+    dataset: DataSet | None
+    reg: DataSet | None
+    plan: Plan | None  # where there are a base model and a data set, with problems or without
+
+
 def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> Plan:
     """Look at everything that was named, without fetching it. Raises Unfit with every problem found."""
+    found = examine(request, find_gpu(), storage, Here(tree, scratch))
+    if found.problems or found.plan is None:
+        raise Unfit(found.problems)
+    return found.plan
+
+
+def examine(request: JobRequest, gpu: Gpu | None, storage: Storage, here: Here | None) -> Findings:
+    """Look at everything that was named, without fetching it, for a machine with this GPU.
+
+    `here`: None where the job is to run elsewhere. Then nothing is written, nor asked of this machine: not
+    its trainer, its disk, its driver or its right to write to the outputs.
+    """
     problems = list(request.problems)
     model, data_set, reg, scripts, compat, tagger = None, None, None, None, None, None
     data_files: dict[str, File] = {}
     reg_files: dict[str, File] = {}
     toml: list[Setting] = []
-    kind, beside, gpu = request.kind, None, find_gpu()
+    kind, beside = request.kind, None
     with collecting(problems):
         model, kind = base_model.find(request, storage)
     with collecting(problems):
         toml, beside = _toml(request, storage)
     request, toml = _esd_captioning(request, toml)
     with collecting(problems):
-        tagger = captions.find(request, storage)
+        tagger = captions.find(request, storage, here=here is not None)
     held = kind or "sdxl"  # which has every option, where the base model has a problem of its own
-    merged = config.merge(held, [config.preset(held), _machine(gpu), toml, *request.layers])
+    machine = _machine(gpu, here=here is not None)
+    merged = config.merge(held, [config.preset(held), machine, toml, *request.layers])
     problems += merged.problems
     extras, merged, wrong = inputs.find(request, beside, kind, merged, storage)
     problems += wrong
@@ -78,10 +113,10 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
         if model is not None:
             merged, wrong = base_model.settle(model, request.model.where, merged)
             problems += wrong
-        scripts, merged, wrong = _trainer(request, kind, merged, gpu)
+        scripts, merged, wrong = _trainer(request, kind, merged, gpu, here=here is not None)
         problems += wrong
     with collecting(problems):
-        if scripts is not None or request.trainer == "builtin":
+        if here is not None and (scripts is not None or request.trainer == "builtin"):
             compat = compatibility(gpu, scripts.python if scripts else sys.executable)
     with collecting(problems):
         data_set, data_files, wrong = inputs.pictures(request, request.dataset, merged, extras, storage)
@@ -90,25 +125,20 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
         if request.reg is not None:
             reg, reg_files, wrong = inputs.pictures(request, request.reg, merged, extras, storage)
             problems += wrong
-    for place in (request.output, request.logs):
-        if isinstance(place, S3Uri):
-            with collecting(problems):
-                storage.check_writable(place)
-        elif place is not None and (problem := _unwritable(place, "Name another folder")):
-            problems.append(problem)
-    for folder in (tree.tensorboard, tree.failure.parent):
-        if problem := _unwritable(folder, "Set SAGEMAKER_BASE_DIR to a folder of your own"):
-            problems.append(problem)
-    if model is not None and data_set is not None:
-        remote = _to_fetch(model, [*data_files.values(), *reg_files.values()], extras, tagger)
-        remote += resize.room(request, data_files) + resize.room(request, reg_files)
-        problems += _disk(remote, tree, scratch)
-    if problems or model is None or kind is None or data_set is None:
-        raise Unfit(problems)
-    return Plan(
-        request, kind, model, data_set, data_files, reg, reg_files, extras, merged, gpu, compat, scripts,
-        tagger,
-    )  # fmt: skip
+    plan = None
+    if model is not None and kind is not None:
+        host = memory.of_this_machine() if here and request.trainer == "sd-scripts" else None
+        problems += memory.problems(kind, model.size, merged, gpu, host)
+        merged = replace(merged, notes=(*merged.notes, *memory.notes(kind, model.size, merged, gpu)))
+    if model is not None and kind is not None and data_set is not None:
+        plan = Plan(
+            request, kind, model, data_set, data_files, reg, reg_files, extras, merged, gpu, compat, scripts,
+            tagger,
+        )  # fmt: skip
+    if here is not None:
+        problems += _outputs(request, here, storage)
+        problems += _disk(to_fetch(plan), here) if plan else []
+    return Findings(tuple(problems), merged, gpu, kind, model, data_set, reg, plan)
 
 
 def _toml(request: JobRequest, storage: Storage) -> tuple[list[Setting], Location | None]:
@@ -166,8 +196,8 @@ def _configuration(request: JobRequest, source: Source, storage: Storage) -> tup
     return file, texts[next(iter(there))]
 
 
-def _machine(gpu: Gpu | None) -> Sequence[Setting]:
-    """What suits this machine: the GPU's preset and how many workers load pictures.
+def _machine(gpu: Gpu | None, *, here: bool = True) -> Sequence[Setting]:
+    """What suits the machine: the GPU's preset and, of this machine, how many workers load pictures.
 
     For a GPU without a preset bf16 from compute capability 8.0, else fp16; none on a CPU.
     """
@@ -175,9 +205,10 @@ def _machine(gpu: Gpu | None) -> Sequence[Setting]:
     where = "this machine has no GPU"
     if gpu is not None:
         where = f"{gpu.name}, compute capability {gpu.capability or 'unknown'}"
+    workers = Setting("max_data_loader_n_workers", _workers(), "this machine's cores and /dev/shm")
     return (
         Setting("mixed_precision", precision, where),
-        Setting("max_data_loader_n_workers", _workers(), "this machine's cores and /dev/shm"),
+        *([workers] if here else []),
         *(config.gpu_preset(gpu.name) if gpu else ()),
     )
 
@@ -194,7 +225,7 @@ def _workers() -> int:
 
 
 def _trainer(
-    request: JobRequest, kind: Kind, merged: Merged, gpu: Gpu | None
+    request: JobRequest, kind: Kind, merged: Merged, gpu: Gpu | None, *, here: bool
 ) -> tuple[SdScripts | None, Merged, list[Problem]]:
     """The trainer, the configuration that suits it, and what it lacks or does not do."""
     precision = merged.settings["mixed_precision"]
@@ -205,27 +236,30 @@ def _trainer(
     if precision.value == "bf16" and gpu is not None and (gpu.capability or 8) < 8:
         wrong = f"mixed_precision = bf16 does not run on a {gpu.name}"
         problems.append(Problem(precision.where, wrong, "Write mixed_precision=fp16"))
-    if not (tokenizers.folder() / tokenizers.CLIP_L / tokenizers.FILES[0]).exists():
+    if here and not (tokenizers.folder() / tokenizers.CLIP_L / tokenizers.FILES[0]).exists():
         wrong = f"the CLIP tokenizers are not in {tokenizers.folder()}"
         problems.append(Problem(f"trainer {request.trainer}", wrong, "Type: python -m kohya.tokenizers"))
-    if "resume" in merged.settings:
+    if "resume" in merged.settings and here:
         merged, wrong_state = _resumed(request.trainer, merged)
         problems += wrong_state
     if request.trainer == "builtin":
-        return None, merged, [*problems, *_builtin(kind, merged)]
+        return None, merged, [*problems, *(_absent_libraries() if here else []), *_builtin(merged)]
+    found = None
     try:
         found = sd_scripts.find()
     except sd_scripts.MissingSdScripts as error:
         fix = "Type make sd-scripts, or set SD_SCRIPTS_DIR, or take the small trainer: --trainer=builtin"
-        return None, merged, [*problems, Problem("trainer sd-scripts", str(error), fix)]
-    merged, wrongs = _sd_scripts(found, kind, merged, gpu)
+        if here:
+            return None, merged, [*problems, Problem("trainer sd-scripts", str(error), fix)]
+        merged = replace(merged, notes=(*merged.notes, f"{error}; nothing is trained on this machine"))
+    merged, wrongs = _sd_scripts(found if here else None, kind, merged, gpu)
     return found, merged, [*problems, *wrongs]
 
 
 def _resumed(trainer: Trainer, merged: Merged) -> tuple[Merged, list[Problem]]:
     """The configuration of a run that goes on from a state, and what is wrong with the state's folder."""
     resume = merged.settings["resume"]
-    folder = Path(str(resume.value)).expanduser().absolute()
+    folder = Path(os.path.expanduser(str(resume.value))).absolute()  # noqa: PTH111 (Path's raises for ~nobody)
     own = "random_states.bin" if trainer == "builtin" else "random_states_0.pkl"
     if missing := [name for name in ("train_state.json", own) if not (folder / name).is_file()]:
         wrong = f"{folder} is no state of the trainer {trainer}: there is no {missing[0]} in it"
@@ -233,37 +267,33 @@ def _resumed(trainer: Trainer, merged: Merged) -> tuple[Merged, list[Problem]]:
     return config.change(merged, {"resume": str(folder)}, resume.where), []
 
 
-def _builtin(kind: Kind, merged: Merged) -> list[Problem]:
-    """What the built-in trainer lacks, and the options that it does not have."""
+def _absent_libraries() -> list[Problem]:
+    """What the built-in trainer lacks."""
+    absent = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    wrong = f"{', '.join(absent)} cannot be imported here"
+    return [Problem("trainer builtin", wrong, "Type: pip install 'sagemaker-kohya[train]'")] if absent else []
+
+
+def _builtin(merged: Merged) -> list[Problem]:
+    """The options that the built-in trainer does not have."""
     problems = []
-    if absent := [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]:
-        wrong = f"{', '.join(absent)} cannot be imported here"
-        problems.append(Problem("trainer builtin", wrong, "Type: pip install 'sagemaker-kohya[train]'"))
     owned = dict.fromkeys(config.OWNED, "the job's")
-    for name, wrong, fix in builtin_problems({**merged.values, **owned}, kind):
+    for name, wrong, fix in builtin_lacks({**merged.values, **owned}):
         where = merged.settings[name].where if name in merged.settings else "trainer builtin"
         problems.append(Problem(where, wrong if where.endswith(name) else f"{name}: {wrong}", fix))
     return problems
 
 
 def _sd_scripts(
-    found: SdScripts, kind: Kind, merged: Merged, gpu: Gpu | None
+    found: SdScripts | None, kind: Kind, merged: Merged, gpu: Gpu | None
 ) -> tuple[Merged, list[Problem]]:
-    """The configuration as sd-scripts runs it, and what its Python lacks."""
-    values, problems = merged.values, []
-    wanted = rules.modules(values)
-    if values.get("xformers") and (gpu is None or found.lacks(["xformers"])):
+    """The configuration as sd-scripts runs it, and what its Python lacks. `found`: None for one elsewhere."""
+    values = merged.values
+    problems = _lacking(found, merged) if found else []
+    if values.get("xformers") and (gpu is None or (found and found.lacks(["xformers"]))):
         why = "xformers needs a GPU" if gpu is None else "xformers is not installed"
         merged = config.change(merged, {"xformers": False, "sdpa": True}, why)
-    for module in found.lacks([*_LIBRARIES, *wanted]):
-        where = merged.settings[wanted[module]].where if module in wanted else "trainer sd-scripts"
-        wrong = f"{module} cannot be imported by {found.python}"
-        fix = f"Type: {found.python} -m pip install {rules.package(module)}"
-        problems.append(Problem(where, wrong, fix))
-    for name, lacking in found.lacks_classes(rules.classes(values)).items():
-        wrong = f"{lacking} cannot be imported by {found.python}"
-        problems.append(Problem(merged.settings[name].where, wrong, "Correct its name"))
-    if values.get("persistent_data_loader_workers") and not values.get("max_data_loader_n_workers"):
+    if values.get("persistent_data_loader_workers") and values.get("max_data_loader_n_workers") == 0:
         why = "max_data_loader_n_workers is 0, and nothing can persist"
         merged = config.change(merged, {"persistent_data_loader_workers": False}, why)
     own_vae = "vae" not in values  # a VAE that is given instead may be one that was mended for fp16
@@ -277,6 +307,27 @@ def _sd_scripts(
     return config.change(merged, own, "the job"), problems
 
 
+def _lacking(found: SdScripts, merged: Merged) -> list[Problem]:
+    """What the options ask for, and the Python of sd-scripts does not have."""
+    problems, wanted = [], rules.modules(merged.values)
+    for module in found.lacks([*_LIBRARIES, *wanted]):
+        where = merged.settings[wanted[module]].where if module in wanted else "trainer sd-scripts"
+        wrong = f"{module} cannot be imported by {found.python}"
+        fix = f"Type: {found.python} -m pip install {rules.package(module)}"
+        problems.append(Problem(where, wrong, fix))
+    for name, lacking in found.lacks_classes(rules.classes(merged.values)).items():
+        wrong = f"{lacking} cannot be imported by {found.python}"
+        problems.append(Problem(merged.settings[name].where, wrong, "Correct its name"))
+    return problems
+
+
+def to_fetch(plan: Plan) -> int:
+    """The bytes that the job puts on disk before it trains; what resizing takes is an estimate."""
+    pictures = [*plan.dataset_files.values(), *plan.reg_files.values()]
+    made = resize.room(plan.request, plan.dataset_files) + resize.room(plan.request, plan.reg_files)
+    return _to_fetch(plan.model, pictures, plan.extras, plan.tagger) + made
+
+
 def _to_fetch(model: ModelFile, pictures: Iterable[File], extras: Extras, tagger: Tagger | None) -> int:
     """The bytes that are put on disk: what lies in S3 or is streamed, and what is made of the model."""
     singles = [single for found in extras.weights.values() for single in found]
@@ -286,12 +337,27 @@ def _to_fetch(model: ModelFile, pictures: Iterable[File], extras: Extras, tagger
     return sum(map(files.size, fetched)) + model.copied
 
 
-def _disk(fetched: int, tree: Tree, scratch: Path) -> list[Problem]:
+def _outputs(request: JobRequest, here: Here, storage: Storage) -> list[Problem]:
+    """What keeps the job from writing where it is asked to."""
+    problems: list[Problem] = []
+    for place in (request.output, request.logs):
+        if isinstance(place, S3Uri):
+            with collecting(problems):
+                storage.check_writable(place)
+        elif place is not None and (problem := _unwritable(place, "Name another folder")):
+            problems.append(problem)
+    for folder in (here.tree.tensorboard, here.tree.failure.parent):
+        if problem := _unwritable(folder, "Set SAGEMAKER_BASE_DIR to a folder of your own"):
+            problems.append(problem)
+    return problems
+
+
+def _disk(fetched: int, here: Here) -> list[Problem]:
     """Whether what is fetched and what is made find room, and whether the results can be written."""
     problems = []
     for folder, needed, what in (
-        (scratch, fetched + OUTPUT_BYTES, "the inputs and the trainer's files"),
-        (tree.model, OUTPUT_BYTES, "the LoRAs"),
+        (here.scratch, fetched + OUTPUT_BYTES, "the inputs and the trainer's files"),
+        (here.tree.model, OUTPUT_BYTES, "the LoRAs"),
     ):
         if problem := _unwritable(folder, "Set SAGEMAKER_BASE_DIR to a folder of your own"):
             problems.append(problem)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from kohya.problem import Problem
 
-__all__ = ["BadLora", "JobError", "Problem", "Stopped", "StorageError", "TrainerFailed", "Unfit"]
+__all__ = ["BadLora", "JobError", "Outage", "Problem", "Stopped", "StorageError", "TrainerFailed", "Unfit"]
 
 
 class JobError(Exception):
@@ -43,6 +43,10 @@ class StorageError(JobError):
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         super().__init__(str(problem))
+
+
+class Outage(Problem):
+    """Storage gave no answer, or none for now: the request may be fit all the same."""
 
 
 class TrainerFailed(JobError):

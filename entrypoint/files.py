@@ -119,12 +119,11 @@ def text_of(file: File, where: str, storage: Storage) -> str:
     try:
         with opened(file, storage) as source:
             content = source.read(TEXT_BYTES + 1)
-        text = content.decode("utf-8-sig")
+        if len(content) > TEXT_BYTES:
+            raise Unfit([Problem(where, "it has more than 1 MiB", "Give a file that holds nothing else")])
+        return content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise Unfit([Problem(where, f"it cannot be read ({error})", "Save it as UTF-8")]) from error
-    if len(content) > TEXT_BYTES:
-        raise Unfit([Problem(where, "it has more than 1 MiB", "Give a file that holds nothing else")])
-    return text
 
 
 def size(file: File) -> int:

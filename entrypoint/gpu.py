@@ -39,6 +39,22 @@ class Gpu:
     capability: float | None  # CUDA compute capability: 7.5 for a T4, 8.6 for an A10G; None: not told
     count: int
     driver: str | None = None  # the host's, also in a container: 580.65.06; None: not told
+    memory: int | None = None  # bytes of one of them; None: not told
+
+
+_GIB = 1 << 30
+
+# The GPUs of configs/gpu, by their files' names: NVIDIA's data sheets, and
+# https://developer.nvidia.com/cuda-gpus. Of the A100 the smaller one.
+NAMED = {
+    "t4": Gpu("Tesla T4", 7.5, 1, memory=16 * _GIB),
+    "a10g": Gpu("NVIDIA A10G", 8.6, 1, memory=24 * _GIB),
+    "l4": Gpu("NVIDIA L4", 8.9, 1, memory=24 * _GIB),
+    "l40s": Gpu("NVIDIA L40S", 8.9, 1, memory=48 * _GIB),
+    "a100": Gpu("NVIDIA A100", 8.0, 1, memory=40 * _GIB),
+    "h100": Gpu("NVIDIA H100", 9.0, 1, memory=80 * _GIB),
+}
+UNNAMED = Gpu("a GPU that is not named", 8.0, 1)  # for which no preset is there, and that has bf16
 
 
 @dataclass(frozen=True)
@@ -67,6 +83,7 @@ def find_gpu() -> Gpu | None:
         float(capability) if re.fullmatch(r"\d+\.\d+", capability) else None,  # it may be "[N/A]"
         count,
         driver if re.fullmatch(r"\d{3}(\.\d+)+", driver) else None,
+        _memory(),
     )
 
 
@@ -115,6 +132,13 @@ def _ask(*fields: str) -> list[dict[str, str]]:
     rows = [line.rsplit(",", len(fields) - 1) for line in told.splitlines()]
     # A line of another form is a warning.
     return [dict(zip(fields, map(str.strip, row), strict=True)) for row in rows if len(row) == len(fields)]
+
+
+def _memory() -> int | None:
+    """The bytes of the first GPU, of which nvidia-smi tells as "15360 MiB"."""
+    told = _ask("memory.total")
+    mebibytes = re.fullmatch(r"(\d+) MiB", told[0]["memory.total"]) if told else None
+    return int(mebibytes[1]) << 20 if mebibytes else None
 
 
 def _visible(count: int) -> int:

@@ -309,6 +309,17 @@ def _dataset_config(
     """The dataset_config. Raises Unfit with all that is wrong with it."""
     where, text = _text_beside(setting, folder, (".toml",), storage)
     found, problems = dataset_config.read(text, where, merged.values)
+    subsets = [one for table in found.content.get("datasets", ()) for one in table["subsets"]]
+    masked, values = merged.settings.get("masked_loss"), merged.values
+    if (
+        masked
+        and masked.value
+        and not any(one.get("alpha_mask", values.get("alpha_mask")) for one in subsets)
+    ):
+        wrong = "masked_loss needs alpha_mask, which no subset has"
+        problems.append(
+            Problem(masked.where, wrong, "Set alpha_mask = true in a subset, or remove masked_loss")
+        )
     wants = any(one.is_reg for one in found.folders)
     if wants and request.reg is None:
         wrong, fix = "a subset with is_reg wants a channel reg", "Add a channel reg, or type --reg_uri=…"

@@ -50,6 +50,7 @@ def run(arguments: Sequence[str]) -> int:
                 job.request = resolve(arguments, job.tree, storage)
             with job.stage("check"):
                 job.plan = check(job.request, job.tree, scratch(), storage)
+                _say_plan(job.plan)
             with job.stage("fetch"):
                 job.inputs = fetch(job.plan, storage)
                 job.looked = look(job.inputs)
@@ -70,9 +71,8 @@ def scratch() -> Path:
     return Path(tempfile.gettempdir()) / f"sagemaker-kohya-{os.getuid()}"
 
 
-def fetch(plan: Plan, storage: Storage) -> Inputs:
+def fetch(plan: Plan, storage: Storage, *, pictures_only: bool = False) -> Inputs:
     """S3 to disk. What is on disk already stays where it is, but a streamed model, which is copied once."""
-    _say_plan(plan)
     root = scratch() / "inputs"
     wanted: dict[str, RemoteObject] = {}
 
@@ -96,8 +96,10 @@ def fetch(plan: Plan, storage: Storage) -> Inputs:
         return {name: local(file, f"{folder}/{name}") for name, file in files.items()}
 
     request = plan.request
-    model = alone(Single(plan.model.file, plan.model.streamed))
-    weights = {option: [alone(single) for single in found] for option, found in plan.extras.weights.items()}
+    model, weights = Path(), dict[str, list[Path]]()
+    if not pictures_only:
+        model = alone(Single(plan.model.file, plan.model.streamed))
+        weights = {option: [alone(one) for one in found] for option, found in plan.extras.weights.items()}
     files = below(request.dataset, plan.dataset_files)
     reg = below(request.reg, plan.reg_files) if request.reg else {}
     tagger = alone(plan.tagger.model) if plan.tagger else None

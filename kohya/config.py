@@ -11,6 +11,7 @@ import math
 import re
 import shlex
 import tomllib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -51,6 +52,7 @@ MINIMUM = {
     "caption_dropout_rate": 0, "noise_offset": 0, "min_snr_gamma": 0, "network_alpha": 0,
     "caption_tag_dropout_rate": 0, "network_dropout": 0, "validation_split": 0, "save_n_epoch_ratio": 0,
     "caption_dropout_every_n_epochs": 0, "min_timestep": 0, "max_timestep": 1, "min_bucket_reso": 64,
+    "sample_every_n_epochs": 1, "sample_every_n_steps": 1,
 }  # fmt: skip
 
 # Where both are set sd-scripts lets epochs win (train_network.py:810): a layer that sets one drops the other.
@@ -66,13 +68,20 @@ _64_BITS = 2**63 - 1
 # Values by which people mean that an option is off, and that sd-scripts fails over or its parser lacks.
 _MEAN_UNSET = {
     **dict.fromkeys(("save_every_n_epochs", "save_every_n_steps", "save_last_n_epochs", "save_last_n_steps",
-                     "validate_every_n_epochs", "validate_every_n_steps", "vae_batch_size"), ("0",)),
+                     "validate_every_n_epochs", "validate_every_n_steps", "vae_batch_size",
+                     "sample_every_n_epochs", "sample_every_n_steps"), ("0",)),
     "dynamo_backend": ("no", "NO"),
     "max_token_length": ("75",),  # strategy_sd.py: what it is when it is unset
 }  # fmt: skip
+_OF_A_DATASET_CONFIG = frozenset({"general", "datasets"})
 _OF_A_GUI = frozenset({"epoch", "noise_offset_type"})  # kohya_ss writes them into its TOML files
 
-_FILE_NAMES = ("output_name", "log_prefix")
+_FILE_NAMES = ("output_name", "log_prefix", "log_tracker_name")
+_MOST_KEYS = 1000  # in one file: more is a mistake, or an attack
+_DEEP = re.compile(r"""(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){100}""")  # a key of 100 parts
+_KEY = re.compile(r"""\s*(["']?)([^"'=\s]+)\1\s*=""")
+_HEADER = re.compile(r"\s*\[\s*([^\[\]]+?)\s*\]\s*(?:#.*)?$")
+_ENDING = re.compile(r"[\w.-]{1,32}")
 _RESOLUTION = re.compile(r"\d+(,\d+)?")
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
@@ -155,20 +164,19 @@ def read(text: str, where: str, *, any_depth: bool = False) -> tuple[tuple[Setti
     One level of sections is flattened. Deeper ones are a problem, unless `any_depth`: ESD writes tables
     into its [training] section, which sd-scripts would drop without a word.
     """
-    try:
-        content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        return (), [Problem(where, f"it is not TOML: {error}", "Mend that line")]
+    content, problems = _parse(text, where)
     found: dict[str, Setting] = {}
-    problems: list[Problem] = []
+    lines = _lines(text)
 
     def collect(table: Mapping[str, object], depth: int) -> None:
         for name, value in table.items():
-            lines = _lines(text, name)
-            at = f"{where} line {' and '.join(map(str, lines))}" if lines else f"{where}: {name}"
+            numbers = lines.get(name)
+            at = f"{where} line {' and '.join(map(str, numbers))}" if numbers else f"{where}: {name[:80]}"
             if isinstance(value, dict):
                 if depth > 0 and not any_depth:
-                    wrong = f"the table {name} stands inside another, and sd-scripts would ignore all of it"
+                    wrong = (
+                        f"the table {name[:80]} stands inside another, and sd-scripts would ignore all of it"
+                    )
                     problems.append(Problem(where, wrong, "Move its keys one level up"))
                 else:
                     collect(value, depth + 1)
@@ -179,6 +187,9 @@ def read(text: str, where: str, *, any_depth: bool = False) -> tuple[tuple[Setti
                 found[name] = Setting(name, value, at)
 
     collect(content, 0)
+    if len(found) > _MOST_KEYS:
+        wrong = f"it sets {len(found)} keys, and sd-scripts has {len(options())} options"
+        return (), [Problem(where, wrong, "Give a configuration that sets options")]
     return tuple(found.values()), problems
 
 
@@ -268,8 +279,14 @@ def _check(kind: Kind, setting: Setting, notes: list[str]) -> Setting | None:
         notes.append(f"{setting.where}: {name} belongs to a user interface, and is left out")
         return None
     option = options().get(name)
+    if name in _OF_A_DATASET_CONFIG:
+        fix = 'Give it beside a configuration that says dataset_config = "NAME.toml"'
+        raise _Wrong(f"{name} belongs to a dataset_config, and this file is read as the configuration", fix)
     if option is None:
-        raise _Wrong(f"{name} is no option of sd-scripts, which would ignore it", nearest(name, options()))
+        wrong = f"{name[:80]} is no option of sd-scripts, which would ignore it"
+        raise _Wrong(wrong, nearest(name, options()))
+    if _is_huge(setting.value):
+        raise _Wrong(f"{name} is too large: it has more than 64 bits", "Correct it")
     if kind not in option.kinds:
         raise _Wrong(f"{name} is an option of {option.kinds[0]} only, and this job is {kind}", "Remove it")
     if setting.value in ("", None, []):
@@ -284,10 +301,19 @@ def _check(kind: Kind, setting: Setting, notes: list[str]) -> Setting | None:
     value = (
         _as_list(option, setting.value) if option.nargs == "*" else _READERS[option.type](name, setting.value)
     )
+    if value == []:  # written as text
+        return None
     _check_value(option, value)
     if isinstance(setting.value, str) and not (isinstance(value, str) or setting.as_text):
         notes.append(f"{setting.where}: {name} = {_show(setting.value)} is read as {_show(value)}")
     return Setting(name, value, setting.where)
+
+
+def _is_huge(value: object) -> bool:
+    """Whether it holds a number that not even Python writes down as text."""
+    if isinstance(value, list | dict):
+        return any(map(_is_huge, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and value.bit_length() > 64
 
 
 def _pixels(value: object) -> object:
@@ -319,6 +345,8 @@ def _check_value(option: Option, value: object) -> None:
         raise _Wrong(f"save_model_as = {shown} makes a pickle", 'Write save_model_as = "safetensors"')
     if name in _FILE_NAMES and not _is_file_name(str(value)):
         raise _Wrong(f"{name} = {shown} cannot be part of a file name", f'Write {name} = "my_lora"')
+    if name == "caption_extension" and not _ENDING.fullmatch(str(value)):
+        raise _Wrong(f"{name} = {shown} is no ending of a file name", f'Write {name} = ".txt"')
 
 
 def _as_list(option: Option, value: object) -> list[object]:
@@ -326,7 +354,7 @@ def _as_list(option: Option, value: object) -> list[object]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             try:
                 value = shlex.split(str(value))
             except ValueError as error:
@@ -397,11 +425,54 @@ def _example(name: str, otherwise: float) -> str:
 
 def _show(value: object) -> str:
     """A value as it is written in TOML, cut to a readable length."""
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool | list) else str(value)
+    told = isinstance(value, str | bool | list)
+    text = json.dumps(value, ensure_ascii=False, default=str) if told else str(value)
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-def _lines(text: str, name: str) -> list[int]:
-    """The numbers of the lines on which `name` is set."""
-    key = re.compile(rf"""\s*["']?{re.escape(name)}["']?\s*=""")
-    return [number for number, line in enumerate(text.splitlines(), 1) if key.match(line)]
+def _parse(text: str, where: str) -> tuple[dict[str, Any], list[Problem]]:
+    """The content of a TOML text, and what is set twice in one table, as TOML forbids, with both lines."""
+    if _DEEP.search(text):  # over such keys tomllib would sit for hours
+        return {}, [Problem(where, "it has a key with 100 parts", "Remove it")]
+    try:
+        return tomllib.loads(text), []
+    except (ValueError, RecursionError) as error:  # also of a number of 5,000 digits, and of 1,000 brackets
+        wrong, twice = f"it is not TOML: {error}", _twice(text)
+    problems = [
+        Problem(
+            f"{where} line {' and '.join(map(str, numbers))}",
+            f"{name} {'opens' if name.startswith('[') else 'is set'} twice, and only one of them can count",
+            "Keep one of the lines",
+        )
+        for name, numbers in twice
+    ]
+    again = {number for _, numbers in twice for number in numbers[1:]}
+    kept = ["" if number in again else line for number, line in enumerate(text.split("\n"), 1)]
+    try:  # without them, so that all else is told as well
+        return tomllib.loads("\n".join(kept)), problems
+    except (ValueError, RecursionError) as error:
+        if problems:
+            wrong = f"it is not TOML: {error}"
+    return {}, [*problems, Problem(where, wrong, "Mend that line")]
+
+
+def _lines(text: str) -> dict[str, list[int]]:
+    """The numbers of the lines on which each key is set."""
+    found = defaultdict(list)
+    for number, line in enumerate(text.split("\n"), 1):
+        if key := _KEY.match(line):
+            found[key[2]].append(number)
+    return found
+
+
+def _twice(text: str) -> list[tuple[str, list[int]]]:
+    """The tables that are opened twice, and the keys that are set twice in one of them, with their lines."""
+    found = defaultdict(list)
+    table = ""
+    for number, line in enumerate(text.split("\n"), 1):
+        if header := _HEADER.match(line):
+            table = f"[{header[1]}]"
+            found[table, table].append(number)
+        elif key := _KEY.match(line):
+            found[table, key[2]].append(number)
+    return [(name, numbers) for (_, name), numbers in found.items() if len(numbers) > 1]

@@ -6,7 +6,7 @@ then the rule says what to write instead.
 
 import ast
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kohya import networks
@@ -53,15 +53,20 @@ class Conflict:
 def settle(kind: Kind, merged: Merged) -> tuple[Merged, list[Problem]]:
     """`merged` without the conflicts that only a preset's values make, and the others as problems."""
     problems = []
+    told = tuple(_notes(kind, merged))
     for conflict in conflicts(kind, merged.values, _usual(merged)):
         asked = conflict.instead.keys() - _usual(merged)
+        if conflict.instead and all(
+            merged.values[name] == instead for name, instead in conflict.instead.items()
+        ):
+            continue  # another conflict has settled it
         if conflict.instead and not asked & merged.settings.keys():
             merged = change(merged, conflict.instead, conflict.wrong)
         else:
             setting = merged.settings.get(conflict.name)
             where = setting.where if setting else f"option {conflict.name}"
             problems.append(Problem(where, conflict.wrong, conflict.fix))
-    return merged, problems
+    return replace(merged, notes=(*merged.notes, *told)), problems
 
 
 def modules(values: Mapping[str, Any]) -> dict[str, str]:
@@ -128,12 +133,16 @@ def _optimizer(values: Mapping[str, Any]) -> Iterator[Conflict]:
     for old, new in (("use_8bit_adam", "AdamW8bit"), ("use_lion_optimizer", "Lion")):
         if values.get(old):  # :4829-4841: it must stand alone, and the presets set optimizer_type
             yield Conflict(old, f"{old} is an old name", f"Write optimizer_type = {new}")
-    if "." not in named and named.lower() not in OPTIMIZERS and named not in TORCH_OPTIMIZERS:
-        wrong = f"optimizer_type = {named} is none that trains a LoRA"
+    if named.isidentifier() and named.lower() not in OPTIMIZERS and named not in TORCH_OPTIMIZERS:
+        wrong = f"optimizer_type = {named[:80]} is none that trains a LoRA"
         known = (*OPTIMIZERS, *TORCH_OPTIMIZERS)
         same = [name for name in TORCH_OPTIMIZERS if name.lower() == named.lower()]
         fix = f"Write {same[0]}" if same else f"Write one of {', '.join(known)}, or package.Class"
         yield Conflict("optimizer_type", wrong, fix)
+    for name in ("optimizer_type", "lr_scheduler_type"):
+        if not all(part.isidentifier() for part in str(values.get(name) or "x").split(".")):
+            wrong = f"{name} = {str(values[name])[:80]!r} is no package.Class"
+            yield Conflict(name, wrong, "Write for example torch.optim.AdamW")
     if values.get("fused_backward_pass"):  # asserted at :4848, and train_network.py never does it
         yield Conflict("fused_backward_pass", "no LoRA is trained with a fused backward pass", "Remove it")
 
@@ -173,8 +182,7 @@ def _schedule(values: Mapping[str, Any]) -> Iterator[Conflict]:
     named = str(values.get("optimizer_type", "")).lower()
     if named.endswith("schedulefree"):  # no schedule is made
         return
-    arguments = [str(pair).replace(" ", "") for pair in values.get("optimizer_args") or ()]
-    relative = named == "adafactor" and "relative_step=False" not in arguments  # :5047-5079: its own schedule
+    relative = _is_relative(values)
     schedule = values.get("lr_scheduler_type") or values.get("lr_scheduler", "constant")
     known = bool(values.get("lr_scheduler_type")) or relative or schedule in SCHEDULERS
     if not known:
@@ -244,7 +252,7 @@ _NEEDS = (  # an option that is on; another; the value that it must have (None: 
     ("full_bf16", "mixed_precision", "bf16"),  # :821
     ("adaptive_noise_scale", "noise_offset", None),  # train_util.py:4444
     ("scale_v_pred_loss_like_noise_pred", "v_parameterization", None),  # :4446
-    ("masked_loss", "alpha_mask", None),  # :6240: without a mask it does nothing
+    ("zero_terminal_snr", "v_parameterization", None),  # :4457, a warning: what is learned is wrong
 )
 _EXCLUDES = (
     ("v_pred_like_loss", "v_parameterization"),  # train_util.py:4451
@@ -269,6 +277,12 @@ def _needs(values: Mapping[str, Any]) -> Iterator[Conflict]:
         if values.get(name) and (given != needed if needed else not given):
             told = f"{other} = {needed}" if needed else other
             yield Conflict(name, f"{name} needs {told}", f"Set {told}, or remove {name}")
+    # :6240: without a mask it does nothing; a dataset_config has alpha_mask in its own tables
+    if values.get("masked_loss") and not (values.get("alpha_mask") or values.get("dataset_config")):
+        yield Conflict("masked_loss", "masked_loss needs alpha_mask", "Set alpha_mask, or remove masked_loss")
+    if values.get("scale_weight_norms") and values.get("network_module") == "networks.dylora":
+        wrong = "networks.dylora has no scale_weight_norms, and would train without"  # train_network.py:699
+        yield Conflict("scale_weight_norms", wrong, "Remove it")
     for name, other in _EXCLUDES:
         if values.get(name) and values.get(other):
             yield Conflict(name, f"{name} and {other} exclude each other", "Remove one of the two")
@@ -297,6 +311,39 @@ def _nothing_trained(values: Mapping[str, Any]) -> Iterator[Conflict]:
     if values.get("network_alpha") == 0:  # networks/lora.py:60: 0 is taken for the rank
         fix = f"Write network_alpha = {values.get('network_dim', 4)} if you want that"
         yield Conflict("network_alpha", "network_alpha = 0 would become network_dim", fix)
+
+
+def _notes(kind: Kind, merged: Merged) -> Iterator[str]:
+    """What sd-scripts only warns of: values of the user's that do nothing, or become others."""
+    values, usual = merged.values, _usual(merged)
+
+    def idle(name: str, why: str) -> Iterator[str]:
+        if values.get(name) is not None and name not in usual:
+            yield f"{merged.settings[name].where}: {name} has no effect: {why}"
+
+    if kind == "sdxl":
+        yield from idle("clip_skip", "SDXL is trained without it")  # sdxl_train_util.py:352
+    named, steps = str(values.get("optimizer_type", "")).lower(), values.get("bucket_reso_steps", 64)
+    for name, up in (("min_bucket_reso", 0), ("max_bucket_reso", steps - 1)):
+        if not values.get("enable_bucket") or steps < 1 or name not in values:
+            continue
+        if values.get("bucket_no_upscale"):  # train_util.py:1032
+            yield from idle(name, "with bucket_no_upscale each picture's size says its bucket")
+        elif name not in usual and values[name] % steps:  # :753, :760
+            rounded = (values[name] + up) // steps * steps
+            yield f"{merged.settings[name].where}: {name} = {values[name]} is read as {rounded}"
+    if _is_relative(values):  # :5061, :5073
+        for name in ("unet_lr", "text_encoder_lr"):
+            yield from idle(name, "Adafactor with relative_step finds the rates itself")
+    if named.startswith("sgdnesterov") and "momentum" not in str(values.get("optimizer_args")):  # :4904
+        yield f"{merged.settings['optimizer_type'].where}: {named} is used with momentum=0.9"
+
+
+def _is_relative(values: Mapping[str, Any]) -> bool:
+    """Whether the optimizer is Adafactor with a schedule of its own (train_util.py:5047-5079)."""
+    arguments = [str(pair).replace(" ", "") for pair in values.get("optimizer_args") or ()]
+    named = str(values.get("optimizer_type", "")).lower()
+    return named == "adafactor" and "relative_step=False" not in arguments
 
 
 def _usual(merged: Merged) -> set[str]:

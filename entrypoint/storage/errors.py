@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entrypoint import console
-from entrypoint.failures import Problem, StorageError
+from entrypoint.failures import Outage, Problem, StorageError
 from entrypoint.storage.objects import S3Uri
 
 if TYPE_CHECKING:
@@ -88,14 +88,19 @@ _MISSING = ("404", "NoSuchKey")
 
 
 def problem(error: Exception, action: str, uri: S3Uri, client: "S3Client") -> Problem:
-    """A sentence and a way out for what boto3 raised. `action`: the IAM permission that was needed."""
-    from botocore.exceptions import ClientError  # noqa: PLC0415
+    """A sentence and a way out for what boto3 raised; an Outage where S3 did not say what is wrong.
 
+    `action`: the IAM permission that was needed.
+    """
+    from botocore.exceptions import ClientError, ParamValidationError  # noqa: PLC0415
+
+    kind = Problem if isinstance(error, ParamValidationError) else Outage
     if isinstance(error, ClientError):
+        kind = Outage if _SENTENCES.get(error_code(error)) is _BUSY else Problem
         wrong, fix = _told_by_s3(error, action, uri, client)
     else:
         wrong, fix = _never_answered(error, client)
-    return Problem(console.redact(str(uri)), console.redact(wrong).rstrip("."), console.redact(fix))
+    return kind(console.redact(str(uri)), console.redact(wrong).rstrip("."), console.redact(fix))
 
 
 def _told_by_s3(error: "ClientError", action: str, uri: S3Uri, client: "S3Client") -> tuple[str, str]:

@@ -21,8 +21,9 @@ def main() -> str | None:
     except OSError as error:
         return f"{arguments.config_file} cannot be read: {error.strerror}."
     settings, unread = config.read(text, str(arguments.config_file))
-    values = {setting.name: setting.value for setting in settings}
-    wrong = [str(problem) for problem in unread] or [
+    merged = config.merge(arguments.kind, [settings])
+    values = merged.values
+    wrong = [str(problem) for problem in (*unread, *merged.problems)] or [
         f"{name}: {what}. {fix}." for name, what, fix in options.problems(values, arguments.kind)
     ]
     if wrong:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from kohya import rules
 from kohya.builtin import BuiltinError
 from kohya.config import Kind
 from kohya.config import options as pinned
@@ -82,17 +83,23 @@ class Options(SimpleNamespace):
 
 
 def read(options: Mapping[str, object], kind: Kind) -> Options:
-    """`options` with sd-scripts' defaults under them. Raises BuiltinError where `problems` finds any."""
+    """`options` with sd-scripts' defaults under them. Raises BuiltinError with all that is wrong."""
     if found := problems(options, kind):
         raise BuiltinError("\n".join(f"{name}: {wrong}. {fix}." for name, wrong, fix in found))
     return Options(**_with_defaults(options))
 
 
 def problems(options: Mapping[str, object], kind: Kind) -> list[Found]:
+    """What builtin lacks, and what does not go together, of options that `kohya.config` has read."""
+    conflicts = ((one.name, one.wrong, one.fix) for one in rules.conflicts(kind, options))
+    return [*lacks(options), *conflicts]
+
+
+def lacks(options: Mapping[str, object]) -> list[Found]:
     """Every option that builtin does not have, and every value that it does not know; empty when all is well.
 
     An option that it does not have may be set to the pinned parser's default, or to another way of saying
-    that it is off. Types, choices and smallest values are `kohya.config`'s to check.
+    that it is off.
     """
     values = _with_defaults(options)
     foreign = [name for name in options if _is_foreign(name, values)]
@@ -102,7 +109,7 @@ def problems(options: Mapping[str, object], kind: Kind) -> list[Found]:
         if values[name] not in known:
             shown = ", ".join(str(value) for value in known if value)
             found.append((name, f"builtin knows {shown}, not {values[name]!r}", _WAY_OUT))
-    return [*found, *_training_problems(values), *_size_problems(values, kind)]
+    return [*found, *_training_problems(values)]
 
 
 def _with_defaults(options: Mapping[str, object]) -> dict[str, Any]:
@@ -132,44 +139,8 @@ def _training_problems(values: Mapping[str, Any]) -> Iterator[Found]:
             yield "optimizer_args", f"{known}, not {argument!r}", _WAY_OUT
 
     rates = values["text_encoder_lr"]
-    rates = rates if isinstance(rates, list) else [rates]
-    if len(set(rates)) > 1:
+    if isinstance(rates, list) and len(set(rates)) > 1:
         yield "text_encoder_lr", f"sd-scripts uses only the first of {rates}", "Give one number"
-    text_rate, unet_rate = (
-        values["learning_rate"] if rate is None else rate for rate in ([*rates, None][0], values["unet_lr"])
-    )
-    text_off, unet_off = values["network_train_unet_only"], values["network_train_text_encoder_only"]
-    if (text_off or not text_rate) and (unet_off or not unet_rate):
-        yield "learning_rate", "no part of the model would be trained", "Give a part of it a learning rate"
-
-    warmup = values["lr_warmup_steps"] or 0
-    if values["lr_scheduler"] == "constant" and warmup:
-        yield "lr_warmup_steps", "the schedule constant has no warm-up", "Use constant_with_warmup"
-    if warmup < 0 or (isinstance(warmup, float) and warmup > 1):
-        yield "lr_warmup_steps", f"{warmup} is neither steps nor a share of them", "Use 100, or 0.05"
-
-
-def _size_problems(values: Mapping[str, Any], kind: Kind) -> Iterator[Found]:
-    if not values["resolution"]:
-        return
-    parts = str(values["resolution"]).split(",")
-    if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
-        yield "resolution", f"{values['resolution']!r} is not a size in pixels", 'Write "512,512" or "512"'
-        return
-    sizes = [int(part) for part in parts]
-    if not values["enable_bucket"]:
-        if any(size < 8 or size % 8 for size in sizes):
-            yield "resolution", f"{values['resolution']} is not a multiple of 8", "Use multiples of 64"
-        return
-    steps, multiple = values["bucket_reso_steps"], {"sd15": 64, "sdxl": 32}[kind]
-    if steps % multiple or steps < 1:  # train_network.py:152, sdxl_train_network.py:47
-        yield "bucket_reso_steps", f"{steps} is not a multiple of {multiple}", f"Set it to {multiple}"
-        return
-    smallest, largest = (
-        values["min_bucket_reso"] // steps * steps,
-        -(-values["max_bucket_reso"] // steps) * steps,
-    )
-    if not 0 < smallest <= min(sizes):
-        yield "min_bucket_reso", f"{smallest} does not fit the resolution", f"Set it to {min(sizes)} or less"
-    if max(sizes) > largest:
-        yield "max_bucket_reso", f"{largest} is less than the resolution", f"Set it to {max(sizes)} or more"
+    sides = str(values["resolution"] or 0).split(",")
+    if not values["enable_bucket"] and any(int(side) % 8 for side in sides):
+        yield "resolution", f"{values['resolution']} is not a multiple of 8", "Use multiples of 64"

@@ -3,8 +3,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from kohya import config
+from kohya import config, rules
 from kohya.config import Setting
 
 CONFIGS = Path(config.__file__).parents[1] / "configs"
@@ -222,6 +224,7 @@ def test_what_can_be_mended_is_mended_and_said() -> None:
 
 def test_empty_values_are_not_set_and_unset_a_lower_layer() -> None:
     assert merged('reg_data_dir = ""\nnetwork_args = []\nseed = 1', seed="").values == {}
+    assert merged("text_encoder_lr = 1e-4", text_encoder_lr="[]").values == {}
 
 
 def test_an_empty_length_drops_no_other() -> None:
@@ -300,3 +303,150 @@ def test_a_user_interfaces_own_keys_are_left_out() -> None:
 def test_a_resolution_may_be_a_list_or_have_spaces(value: str) -> None:
     settings, _ = config.read(f"resolution = {value}", "job.toml")
     assert config.merge("sd15", [settings]).values["resolution"] == "512,768"
+
+
+def test_keys_that_are_set_twice_in_one_table_are_all_named_with_both_lines() -> None:
+    """TOML forbids it, and its reader stops at the first."""
+    text = "seed = 1\n[a]\n'unet_lr' = 1\nseed = 2\nunet_lr = 2\nseed = 3\n[ a ] # again\nnope = 1"
+    settings, problems = config.read(text, "job.toml")
+    assert [str(problem).partition(",")[0] for problem in problems] == [
+        "job.toml line 2 and 7: [a] opens twice",
+        "job.toml line 3 and 5: unet_lr is set twice",
+        "job.toml line 4 and 6: seed is set twice",
+        "job.toml line 1 and 4 and 6: seed is set twice",
+    ]
+    assert "nope" in [setting.name for setting in settings]  # and so all else is told as well
+
+
+def test_a_mistake_beside_a_key_that_is_set_twice_is_told_too() -> None:
+    _, problems = config.read("seed = 1\nseed = 2\nfoo = [1,", "job.toml")
+    assert "line 1 and 2: seed is set twice" in str(problems[0])
+    assert "it is not TOML" in str(problems[1])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a = " + "[" * 5000, "it is not TOML"),
+        ("seed = 1" + "0" * 5000, "it is not TOML"),
+        ("a." * 200_000 + "b = 1", "a key with 100 parts"),
+        ("x = {" + "'a' . " * 100 + "b = 1}", "a key with 100 parts"),
+        ("".join(f"key{number} = 1\n" for number in range(60_000)), "it sets 60000 keys"),
+        (
+            "[[datasets]]\n[[datasets.subsets]]\nimage_dir = '.'\n",
+            "datasets belongs to a dataset_config",
+        ),
+        ("[general]\nshuffle_caption = true\ngeneral = 1", "general belongs to a dataset_config"),
+        ("seed = 0x" + "f" * 5000, "seed is too large"),
+        ("optimizer_args = [[0x" + "f" * 5000 + "]]", "optimizer_args is too large"),
+        ("text_encoder_lr = [2020-01-01]", "text_encoder_lr = 2020-01-01 is not a number"),
+        ("text_encoder_lr = [[1]]", "is not a number"),
+        ("text_encoder_lr = '" + "[" * 5000 + "'", "is not a number"),
+        ("k" * 5000 + " = 1", "k is no option of sd-scripts"),
+    ],
+)
+def test_a_hostile_toml_is_a_problem_at_once(text: str, said: str) -> None:
+    settings, problems = config.read(text, "job.toml")
+    told = [str(problem) for problem in (*problems, *config.merge("sd15", [settings]).problems)]
+    assert any(said in one for one in told), [one[:300] for one in told]
+    assert max(map(len, told)) < 1000
+
+
+@settings(deadline=None)
+@given(st.text(), st.booleans())
+def test_no_text_brings_the_reader_down(text: str, any_depth: bool) -> None:
+    found, problems = config.read(text, "job.toml", any_depth=any_depth)
+    config.merge("sdxl", [found])
+    assert all(problem.where.startswith("job.toml") for problem in problems)
+
+
+KEYS = st.sampled_from([*config.options(), *config.ALIASES, "epoch", "datasets", "nope"])
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.dates()
+    | st.sampled_from(["1e-4"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(KEYS, VALUES, max_size=6), st.sampled_from(config.KINDS), st.booleans())
+def test_no_value_brings_the_checks_down_and_what_is_read_stays_read(
+    values: dict[str, object], kind: config.Kind, as_text: bool
+) -> None:
+    layer = [Setting(name, str(value) if as_text else value, name, as_text) for name, value in values.items()]
+    merged = config.merge(kind, [layer])
+    again = config.merge(kind, [list(merged.settings.values())])
+    assert (again.values, again.problems) == (merged.values, ())
+    assert tomllib.loads(config.dump(merged.values)) == merged.values
+    settled, _ = rules.settle(kind, merged)
+    assert tomllib.loads(config.dump(settled.values)) == settled.values
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("log_tracker_name = '../x'", "cannot be part of a file name"),
+        ("caption_extension = '/../x'", 'caption_extension = "/../x" is no ending of a file name'),
+        ("sample_every_n_steps = -1", "is too small"),
+    ],
+)
+def test_values_that_would_leave_their_place(line: str, said: str) -> None:
+    assert said in problem(line)
+
+
+def test_every_bound_is_held() -> None:
+    """One value beside each, and the bound itself."""
+    for bounds, step in ((config.MINIMUM, -1), (config.MAXIMUM, 1)):
+        for name, bound in bounds.items():
+            option = config.options()[name]
+            for value, fits in ((bound + step, False), (bound, True)):
+                if option.type == "int" and not float(value).is_integer():
+                    continue
+                asked = [Setting(name, [value] if option.nargs == "*" else value, name)]
+                told = config.merge(option.kinds[0], [asked])
+                off = str(value) in config._MEAN_UNSET.get(name, ())
+                assert (told.problems == ()) == (fits or off), (name, value)
+
+
+def test_the_smallest_and_largest_values() -> None:
+    """What sd-scripts ends in an error over, or trains nothing with, one below and one above."""
+    zero = """seed keep_tokens max_data_loader_n_workers learning_rate unet_lr text_encoder_lr lr_warmup_steps
+        max_grad_norm caption_dropout_rate noise_offset min_snr_gamma network_alpha caption_tag_dropout_rate
+        network_dropout validation_split save_n_epoch_ratio caption_dropout_every_n_epochs min_timestep"""
+    one = """gradient_accumulation_steps max_train_epochs max_train_steps network_dim save_every_n_epochs
+        save_every_n_steps train_batch_size vae_batch_size bucket_reso_steps clip_skip max_timestep
+        sample_every_n_epochs sample_every_n_steps"""
+    least = {**dict.fromkeys(zero.split(), 0), **dict.fromkeys(one.split(), 1), "min_bucket_reso": 64}
+    shares = dict.fromkeys(("caption_dropout_rate", "caption_tag_dropout_rate", "network_dropout"), 1)
+    most = {**shares, "clip_skip": 12, "validation_split": 0.99, "min_timestep": 999}
+    assert least == config.MINIMUM
+    assert {**most, "max_timestep": 1000} == config.MAXIMUM
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pretrained_model_name_or_path", "train_data_dir", "output_dir", "logging_dir", "tokenizer_cache_dir"],
+)
+def test_a_path_of_the_jobs_own_is_replaced(name: str) -> None:
+    result = config.own(merged(f"{name} = './x'"), {name: "/y"})
+    assert result.notes == (f"job.toml line 1: {name} is the job's to choose, and was replaced",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conditioning_data_dir", "config_file", "console_log_file", "in_json", "log_tracker_config",
+        "offload_optimizer_nvme_path", "offload_param_nvme_path",
+    ],
+)  # fmt: skip
+def test_a_path_without_a_channel_is_refused(name: str) -> None:
+    assert f"{name} names a file or folder, and there is no channel for it" in problem(f"{name} = 'x'")
+
+
+def test_the_misspelt_caption_extension_is_the_right_one() -> None:
+    assert merged("caption_extention = '.cap'").values == {"caption_extension": ".cap"}

@@ -1,0 +1,248 @@
+"""`check`: whether a job is fit, told on a laptop or in CI, without a GPU and without training anything.
+
+It looks at what the job's own stages resolve and check look at, from listings and headers. The machine that
+it runs on is not judged: not its disk, its driver or its trainer. Nothing is written, but with --pictures
+what lies in S3 is fetched to where a job would look for it. Whether the job may write to its outputs is not
+tried: a person's credentials are not the job's.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from entrypoint import console, files, job, memory
+from entrypoint.check import OUTPUT_BYTES, Findings, examine, to_fetch
+from entrypoint.contract import Tree
+from entrypoint.dataset import DataSet
+from entrypoint.failures import Outage, Problem, StorageError, Unfit, collecting
+from entrypoint.gpu import NAMED, UNNAMED, Gpu, find_gpu
+from entrypoint.request import JobRequest, resolve
+from entrypoint.storage import Storage
+from kohya import config
+
+WIDTH = 80  # columns on a terminal
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found."""
+
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+    request: JobRequest | None  # None where it does not become clear what the inputs are
+    found: Findings | None
+
+    @property
+    def exit_code(self) -> int:
+        """0 fit, 2 unfit, 1 where storage gave no answer."""
+        return 1 if any(isinstance(one, Outage) for one in self.problems) else 2 if self.problems else 0
+
+    @property
+    def result(self) -> str:
+        """The first line."""
+        count = f"{len(self.problems)} problem{'' if len(self.problems) == 1 else 's'}"
+        return {0: "fit", 1: f"not known: storage did not answer; {count}", 2: f"unfit: {count}"}[
+            self.exit_code
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that --json prints.
+
+        fit            true or false
+        exit_code      0, 1 or 2
+        problems       list of {where, wrong, fix}
+        notes          list of texts: what was mended or chosen, and is no problem
+        trainer, gpu   names; null where they are not known
+        kind           sd15 or sdxl; null where the base model could not be told
+        model          {file, bytes}; null where it could not be told
+        dataset, reg   {pictures, with_repeats, without_caption, folders: [{name, repeats, pictures}]};
+                       null where there is none or it could not be listed
+        fetch_bytes    what the job puts on disk before it trains; null where that is not known
+        gpu_memory     {least_bytes, estimated_bytes}; null where the base model could not be told
+        configuration  {option: {value, where}}, as the trainer gets it; a secret's value is "***"
+        """
+        found, plan = self.found, self.found.plan if self.found else None
+        model, need = found.model if found else None, self._need()
+        settings = {name: {"value": value, "where": where} for name, value, where in self._values()}
+        return {
+            "fit": self.exit_code == 0,
+            "exit_code": self.exit_code,
+            "problems": [asdict(problem) for problem in self.problems],
+            "notes": list(self.notes),
+            "trainer": self.request.trainer if self.request else None,
+            "gpu": found.gpu.name if found and found.gpu else None,
+            "kind": found.kind if found else None,
+            "model": {"file": files.name_of(model.file), "bytes": model.size} if model else None,
+            "dataset": _pictures(found.dataset) if found else None,
+            "reg": _pictures(found.reg) if found else None,
+            "fetch_bytes": to_fetch(plan) if plan else None,
+            "gpu_memory": {"least_bytes": int(need.least), "estimated_bytes": int(need.estimate)}
+            if need
+            else None,
+            "configuration": settings,
+        }
+
+    def sections(self) -> Iterator[tuple[str, Sequence[tuple[str, ...]]]]:
+        """What is printed: titles, and below each rows of columns."""
+        yield "problems", [(problem.where, f"{problem.wrong}. {problem.fix}") for problem in self.problems]
+        yield "notes", [(note,) for note in self.notes]
+        found = self.found
+        if found is None or self.request is None:
+            return
+        if found.model:
+            size = f"{found.kind}, {found.model.size / 1e9:.2f} GB"
+            yield "base model", [(size, files.name_of(found.model.file))]
+        for title, data_set in (("data set", found.dataset), ("regularisation pictures", found.reg)):
+            if data_set is not None:
+                yield title, list(_rows(data_set))
+        rows = [("trainer", self.request.trainer), ("GPU", found.gpu.name if found.gpu else "none")]
+        if need := self._need():
+            rows.append(("GPU memory", str(need)))
+        if found.plan:
+            rows.append(("disk", f"{(to_fetch(found.plan) + OUTPUT_BYTES) / 1e9:.1f} GB"))
+        yield "job", rows
+        yield (
+            "configuration",
+            [
+                (f"{name} = {json.dumps(value, ensure_ascii=False)}", where)
+                for name, value, where in self._values()
+            ],
+        )
+
+    def _need(self) -> memory.Need | None:
+        kind = self.found.kind if self.found else None
+        return memory.need(kind, self.found.merged.values) if kind and self.found else None
+
+    def _values(self) -> Iterator[tuple[str, Any, str]]:
+        """The merged configuration, by name, with the place that each value came from."""
+        for name, setting in sorted(self.found.merged.settings.items() if self.found else ()):
+            yield name, "***" if name in console.SECRET_OPTIONS else setting.value, setting.where
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Check a job, print the report, and return the exit code: 0 fit, 2 unfit, 1 for a failure of storage.
+
+    `arguments`: those of a job, and --gpu=NAME, --pictures and --json.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--json", "--pictures"):
+        parser.add_argument(name, action="store_true")
+    parser.add_argument("--gpu")
+    own, rest = parser.parse_known_args(arguments)
+    with redirect_stdout(sys.stderr):  # where a fetch tells how far it is
+        report = look(rest, gpu=own.gpu, pictures=own.pictures)
+    if own.json:
+        print(console.redact(json.dumps(report.as_json(), indent=2, ensure_ascii=False)))
+    elif sys.stdout.isatty():
+        _print_on_terminal(report)
+    else:
+        print("\n".join(plain(report)))
+    return report.exit_code
+
+
+def look(arguments: Sequence[str], *, gpu: str | None = None, pictures: bool = False) -> Report:
+    """Find out all about a job that is asked for by these flags.
+
+    `gpu`: a name of configs/gpu to check for, or none; None: this machine's. Where it has none, the job is
+    taken to be for some GPU that has bf16, and nothing is refused for want of a GPU.
+    """
+    storage, problems = Storage(), list[Problem]()
+    meant = _gpu(gpu, problems)
+    try:
+        request = resolve(arguments, Tree.from_environment(), storage)
+    except Unfit as error:
+        return Report((*problems, *error.problems), (), None, None)
+    found = examine(request, meant, storage, None)
+    problems += found.problems
+    data_sets = [one for one in (found.dataset, found.reg) if one is not None]
+    notes = [note for data_set in data_sets for note in data_set.notes] + list(found.merged.notes)
+    if meant is UNNAMED:
+        notes.append(f"the values suit a GPU with bf16; for another one type --gpu={'|'.join(NAMED)}|none")
+    if pictures and found.plan is None:
+        notes.append("the pictures were not read: there is no base model or no data set to train")
+    elif pictures and found.plan is not None:
+        with collecting(problems):
+            try:
+                job.look(job.fetch(found.plan, storage, pictures_only=True))
+            except StorageError as error:
+                problems.append(Outage(**asdict(error.problem)))
+    return Report(tuple(problems), tuple(notes), request, found)
+
+
+def plain(report: Report) -> Iterator[str]:
+    """The report in lines, for where there is no terminal."""
+    yield report.result
+    for title, rows in report.sections():
+        if rows:
+            yield f"\n{title}"
+            between = ": " if title == "problems" else "  "
+            yield from ("  " + between.join(map(_shown, row)) for row in rows)
+
+
+def _print_on_terminal(report: Report) -> None:
+    from rich.console import Console  # noqa: PLC0415 (it takes a while, and CI needs none)
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    screen = Console(width=WIDTH, highlight=False)
+    colour = {0: "bold green", 1: "bold yellow", 2: "bold red"}[report.exit_code]
+    screen.print(Text(report.result, colour))
+    for title, rows in report.sections():
+        if not rows:
+            continue
+        screen.print(Text(f"\n{title}", "bold"))
+        if title == "problems":  # a column would leave too little room for where it is
+            for where, told in rows:
+                screen.print(Text(_shown(where), "red"), Text(f"  {_shown(told)}"), sep="\n")
+            continue
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for row in rows:
+            table.add_row(*(Text(_shown(cell), overflow="fold") for cell in row))
+        screen.print(table)
+
+
+def _gpu(name: str | None, problems: list[Problem]) -> Gpu | None:
+    """The GPU that is meant by --gpu."""
+    if name is None:
+        return find_gpu() or UNNAMED
+    if name.lower() == "none":
+        return None
+    if name.lower() not in NAMED:
+        wrong = f"{name!r} is not one of {', '.join(NAMED)}, none"
+        problems.append(Problem("flag --gpu", wrong, config.nearest(name.lower(), NAMED)))
+    return NAMED.get(name.lower(), UNNAMED)
+
+
+def _pictures(data_set: DataSet | None) -> dict[str, Any] | None:
+    if data_set is None:
+        return None
+    return {
+        "pictures": data_set.pictures,
+        "with_repeats": data_set.repeated,
+        "without_caption": sum(_without_caption(subset.pictures) for subset in data_set.subsets),
+        "folders": [
+            {"name": subset.folder, "repeats": subset.repeats, "pictures": len(subset.pictures)}
+            for subset in data_set.subsets
+        ],
+    }
+
+
+def _rows(data_set: DataSet) -> Iterator[tuple[str, ...]]:
+    for subset in data_set.subsets:
+        lacking = _without_caption(subset.pictures)
+        captions = f"{lacking} without a caption" if lacking else "all with a caption"
+        yield subset.folder, f"{len(subset.pictures)} pictures × {subset.repeats}, {captions}"
+    yield "together", f"{data_set.pictures} pictures, {data_set.repeated} an epoch"
+
+
+def _without_caption(pictures: Sequence[Any]) -> int:
+    return sum(picture.caption is None for picture in pictures)
+
+
+def _shown(text: str) -> str:
+    """`text` without secrets, and without what would move the cursor."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in console.redact(text))

@@ -1,0 +1,145 @@
+"""A TOML of the trainer's options, corrected where that is safe; everything else in it stays as it was.
+
+Lines are kept, and so are comments, blank lines and sections: to sd-scripts a section's name means nothing,
+to a person it is a heading. No library does it: those that keep comments let no key be renamed or moved.
+What is corrected:
+
+types     "1e-4" becomes 1e-4, "false" becomes false, 512 becomes "512": as its option is declared
+aliases   lr_restart_cycles becomes lr_scheduler_num_cycles
+order     options that follow each other without a blank or a comment line stand as in sd-scripts' parser
+"""
+
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tomli_w
+
+from kohya import config
+from kohya.config import Setting
+from kohya.problem import Problem
+
+
+@dataclass(frozen=True)
+class Formatted:
+    """The text as it should be, what was changed on the way, and what nobody but its author can mend."""
+
+    text: str
+    changes: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A blank line, a comment or a section's heading; or a key, its value and comment, in all their lines."""
+
+    line: int
+    text: str
+    setting: Setting | None = None
+
+
+def formatted(text: str, where: str) -> Formatted:
+    """`text`, corrected. A second time it changes nothing, and it means what it meant to config.merge."""
+    text = text.replace("\r\n", "\n")  # as TOML reads it
+    settings, problems = config.read(text, where)
+    merged = config.merge("sdxl", [settings])  # which has every option
+    problems = [*problems, *merged.problems]
+    try:
+        pieces = list(_pieces(text))
+    except tomllib.TOMLDecodeError:  # which config.read has told
+        return Formatted(text, (), tuple(problems))
+    names = [piece.setting.name for piece in pieces if piece.setting]
+    if len({config.ALIASES.get(name, name) for name in names}) < len(names):  # their order decides
+        return Formatted(text, (), (*problems, *_under_two_names(names, where)))
+    changes: list[str] = []
+    pieces = [_corrected(piece, where, changes) for piece in pieces]
+    return Formatted("\n".join(_ordered(pieces, where, changes)), tuple(changes), tuple(problems))
+
+
+def _pieces(text: str) -> Iterator[_Piece]:
+    """The lines of a TOML text, those of one value together. Raises TOMLDecodeError where it is none."""
+    lines = text.split("\n")
+    first = 0
+    while first < len(lines):
+        end = first + 1
+        if not lines[first].lstrip().startswith(("#", "[")) and lines[first].strip():
+            while (found := _parsed("\n".join(lines[first:end]))) is None:
+                end += 1
+                if end > len(lines):
+                    raise tomllib.TOMLDecodeError(f"line {first + 1} begins a value that does not end")
+            ((name, value),) = found.items()
+            setting = Setting(name, value, "") if name in config.options() or name in config.ALIASES else None
+            yield _Piece(first + 1, "\n".join(lines[first:end]), setting)
+        else:
+            yield _Piece(first + 1, lines[first])
+        first = end
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        return tomllib.loads(text)
+    except ValueError:
+        return None
+
+
+def _under_two_names(names: Sequence[str], where: str) -> Iterator[Problem]:
+    """Options that are set under two names; those that are set twice under one config.read has told."""
+    for old, new in config.ALIASES.items():
+        if {old, new} <= set(names):
+            yield Problem(where, f"{old} and {new} are the same option", "Keep one of the two lines")
+
+
+def _corrected(piece: _Piece, where: str, changes: list[str]) -> _Piece:
+    """A key under its option's name, and with a value of its option's type; what is wrong stays."""
+    if piece.setting is None:
+        return piece
+    old = piece.setting
+    new = config.merge("sdxl", [[old]]).settings.get(config.ALIASES.get(old.name, old.name))
+    if new is None or (new.name == old.name and _is_same(old.value, new.value)):
+        return piece
+    said = f"{old.name} = {_toml(old.value)}", f"{new.name} = {_toml(new.value)}"
+    changes.append(f"{where} line {piece.line}: {said[0][:80]} becomes {said[1][:80]}")
+    return _Piece(piece.line, f"{said[1]}{_comment(piece)}", new)
+
+
+def _is_same(old: Any, new: Any) -> bool:
+    """Whether sd-scripts would take both for the same: an int does where a float is declared."""
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(map(_is_same, old, new))
+    whole = isinstance(old, int) and not isinstance(old, bool) and isinstance(new, float)
+    return bool(old == new) and (whole or type(old) is type(new))
+
+
+def _comment(piece: _Piece) -> str:
+    """The comment behind a value."""
+    value = _parsed(piece.text)
+    for place, character in enumerate(piece.text):
+        if character == "#" and _parsed(piece.text[:place]) == value:
+            return f"  {piece.text[place:]}"
+    return ""
+
+
+def _ordered(pieces: Sequence[_Piece], where: str, changes: list[str]) -> Iterator[str]:
+    """The pieces' texts, those of options that follow each other in the parser's order."""
+    places = {name: place for place, name in enumerate(config.options())}
+    group: list[_Piece] = []
+    for piece in [*pieces, None]:
+        if piece is not None and piece.setting is not None:
+            group.append(piece)
+            continue
+        if group:
+            ordered = sorted(group, key=lambda one: places.get(one.setting.name if one.setting else "", -1))
+            if ordered != group:
+                changes.append(f"{where} line {group[0].line}: {len(group)} options in the parser's order")
+            yield from (one.text for one in ordered)
+            group = []
+        if piece is not None:
+            yield piece.text
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML, in one line."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return tomli_w.dumps({"x": value}).removeprefix("x = ").rstrip("\n")

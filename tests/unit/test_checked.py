@@ -1,0 +1,253 @@
+"""The command `check`: what it reports, in which form, and that it leaves the machine alone."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from entrypoint import checked
+from entrypoint.checked import Report
+from entrypoint.gpu import NAMED
+from entrypoint.storage import S3Uri, Storage
+from kohya import config
+from kohya.config import Kind
+from tests.harness import write_dataset, write_nvidia_smi
+
+Look = Callable[..., Report]
+
+
+@pytest.fixture(autouse=True)
+def laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A machine without a GPU, a trainer or an /opt/ml; nothing may appear in its tree."""
+    tree = tmp_path / "ml"
+    monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(tree))
+    monkeypatch.setenv("SD_SCRIPTS_DIR", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    yield tree
+    assert not tree.exists()
+
+
+@pytest.fixture
+def flags(base_models: dict[Kind, Path], pictures: Path) -> list[str]:
+    return [f"--model_uri={base_models['sd15']}", f"--dataset_uri={pictures}"]
+
+
+@pytest.fixture
+def job_toml(tmp_path: Path, flags: list[str]) -> Look:
+    """Look at a job with this TOML."""
+
+    def made(text: str, **more: Any) -> Report:
+        (tmp_path / "job.toml").write_text(text)
+        return checked.look([*flags, f"--config_uri={tmp_path / 'job.toml'}"], **more)
+
+    return made
+
+
+def told(report: Report) -> str:
+    return " | ".join(map(str, report.problems))
+
+
+def test_a_fit_job_without_a_trainer_or_a_gpu(flags: list[str]) -> None:
+    report = checked.look([*flags, "--output_uri=/nowhere/that/can/be/made"])
+    assert (report.exit_code, report.result, report.problems) == (0, "fit", ())
+    assert any("nothing is trained on this machine" in note for note in report.notes)
+    assert any("--gpu=t4|" in note for note in report.notes)
+
+
+def test_three_mistakes_are_three_problems_in_one_report(
+    job_toml: Look, tmp_path: Path, flags: list[str]
+) -> None:
+    write_dataset(tmp_path / "data")
+    (tmp_path / "data" / "2_shape").rename(tmp_path / "data" / "shape")
+    flags[1] = f"--dataset_uri={tmp_path / 'data'}"
+    report = job_toml('netwrok_dim = 8\nunet_lr = "fast"')
+    assert report.exit_code == 2
+    assert report.result == "unfit: 3 problems"
+    for said in ("Did you mean network_dim", '"fast" is not a number', "Rename it to 10_shape"):
+        assert told(report).count(said) == 1
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_precision_of_gpus_is_for_another_machine(job_toml: Look, precision: str) -> None:
+    report = job_toml(f'mixed_precision = "{precision}"\nxformers = true')
+    assert report.exit_code == 0
+    assert report.as_json()["configuration"]["xformers"]["value"] is True
+
+
+def test_the_gpu_that_is_named_counts(job_toml: Look) -> None:
+    report = job_toml('mixed_precision = "bf16"', gpu="T4")
+    assert "bf16 does not run on a Tesla T4" in told(report)
+    report = job_toml("seed = 1", gpu="t4")
+    assert report.as_json()["configuration"]["mixed_precision"]["where"].startswith("configs/gpu/t4.toml")
+    assert not any("--gpu=" in note for note in report.notes)
+    assert "fp16 does not run on a CPU" in told(job_toml('mixed_precision = "fp16"', gpu="none"))
+    assert "flag --gpu: 'h10' is not one of t4, a10g" in told(job_toml("seed = 1", gpu="h10"))
+
+
+def test_a_gpu_that_is_here_counts(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_nvidia_smi(tmp_path / "bin", "Tesla T4, 7.5, 580.65.06")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    report = checked.look(flags)
+    assert report.as_json()["gpu"] == "Tesla T4"
+    assert report.as_json()["configuration"]["mixed_precision"]["value"] == "fp16"
+
+
+def test_every_gpu_that_can_be_named_has_its_preset() -> None:
+    assert NAMED.keys() == {file.stem for file in Path(config.__file__).parents[1].glob("configs/gpu/*.toml")}
+    for name, gpu in NAMED.items():
+        assert config.gpu_preset(gpu.name) == config.preset(f"gpu/{name}")
+        opening = (Path(config.__file__).parents[1] / f"configs/gpu/{name}.toml").read_text().split("\n")[0]
+        assert f"compute capability {gpu.capability}" in opening
+        assert f"{(gpu.memory or 0) >> 30} " in opening
+
+
+def test_pictures_are_read_only_when_asked(flags: list[str], tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "data") / "2_shape"
+    (folder / "1.png").write_bytes(b"no picture")
+    flags[1] = f"--dataset_uri={tmp_path / 'data'}"
+    assert checked.look(flags).exit_code == 0
+    report = checked.look([*flags, "--seed=x"], pictures=True)  # with another problem as well
+    assert "1.png: the picture cannot be read" in told(report)
+    assert len(report.problems) == 2
+    report = checked.look(["--model_uri=/nowhere", flags[1]], pictures=True)
+    assert any("the pictures were not read" in note for note in report.notes)
+
+
+def test_from_s3_only_pictures_are_fetched_and_nothing_is_written(
+    base_models: dict[Kind, Path], pictures: Path, bucket: S3Uri, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    storage = Storage()
+    storage.upload({base_models["sdxl"]: bucket / "model.safetensors"})
+    storage.upload({one: bucket / f"data/2_shape/{one.name}" for one in (pictures / "2_shape").iterdir()})
+    before = {item.uri for item in storage.list(S3Uri(bucket.bucket, ""))}
+    monkeypatch.setattr(Storage, "check_writable", None)
+    keys = {"model": "model.safetensors", "dataset": "data", "output": "out", "logs": "logs"}
+    uris = [f"--{name}_uri={bucket / key}" for name, key in keys.items()]
+    report = checked.look(uris)
+    assert report.exit_code == 0
+    assert not (tmp_path / "tmp").exists()
+    report = checked.look(uris, pictures=True)
+    assert report.exit_code == 0
+    assert len(list((tmp_path / "tmp").rglob("*.png"))) == 4
+    assert not list((tmp_path / "tmp").rglob("*.safetensors"))
+    assert {item.uri for item in storage.list(S3Uri(bucket.bucket, ""))} == before
+    assert checked.look([*uris, f"--config_uri={bucket / 'nowhere.toml'}"]).exit_code == 2
+
+
+def test_storage_that_does_not_answer_is_no_unfit_job(
+    flags: list[str], bucket: S3Uri, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+    report = checked.look([*flags, f"--config_uri={bucket / 'job.toml'}"])
+    assert report.exit_code == 1
+    assert report.result == "not known: storage did not answer; 1 problem"
+    assert "S3 cannot be reached" in told(report)
+
+
+def test_channels_are_looked_at_too(
+    base_models: dict[Kind, Path], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tmp_path / "channels"
+    (tree / "input/data").mkdir(parents=True)
+    (tree / "input/config").mkdir()
+    (tree / "input/data/model").symlink_to(base_models["sdxl"].parent)
+    (tree / "input/data/dataset").symlink_to(pictures)
+    (tree / "input/config/hyperparameters.json").write_text('{"network_dim": "8"}')
+    monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(tree))
+    before = sorted(tree.rglob("*"))
+    report = checked.look([])
+    assert "there are 2 files (sd15.safetensors, sdxl.safetensors)" in told(report)
+    assert report.as_json()["configuration"]["network_dim"] == {
+        "value": 8,
+        "where": "hyperparameter network_dim",
+    }
+    assert sorted(tree.rglob("*")) == before
+
+
+def test_json_has_the_keys_that_it_promises(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert checked.run([*flags, "--json", "--pictures", "--gpu=a10g", "--wandb_api_key=12345"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    documented = re.findall(r"^ {8}(\w+(?:, \w+)*)  ", Report.as_json.__doc__ or "", re.MULTILINE)
+    assert [name for line in documented for name in line.split(", ")] == list(report)
+    assert report["dataset"] == {
+        "pictures": 4,
+        "with_repeats": 8,
+        "without_caption": 0,
+        "folders": [{"name": "2_shape", "repeats": 2, "pictures": 4}],
+    }
+    assert report["kind"] == "sd15"
+    assert report["gpu"] == "NVIDIA A10G"
+    assert report["configuration"]["wandb_api_key"]["value"] == "***"
+    assert report["gpu_memory"]["least_bytes"] < report["gpu_memory"]["estimated_bytes"]
+
+
+def test_json_of_a_request_that_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert checked.run(["--json"]) == 2
+    report = json.loads(capsys.readouterr().out)
+    assert (report["fit"], report["exit_code"], report["kind"], report["configuration"]) == (
+        False,
+        2,
+        None,
+        {},
+    )
+    assert [problem["where"] for problem in report["problems"]] == ["model", "dataset"]
+    assert all(problem.keys() == {"where", "wrong", "fix"} for problem in report["problems"])
+
+
+def test_plain_text_begins_with_the_result(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert checked.run([*flags, "--network_dim=x", "--training_comment=\x1b[2J\na"]) == 2
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[:4] == [
+        "unfit: 1 problem",
+        "",
+        "problems",
+        '  flag --network_dim: network_dim = "x" is not a whole number. Write for example network_dim = 32',
+    ]
+    for title in ("notes", "base model", "data set", "job", "configuration"):
+        assert title in lines
+    assert "\x1b" not in out
+
+
+def test_on_a_terminal_the_report_has_80_columns_and_colour(
+    flags: list[str], tmp_path: Path, laptop: Path
+) -> None:
+    near, far = pty.openpty()
+    flags[1] = f"--dataset_uri={tmp_path / ('long' * 30)}"
+    command = [sys.executable, "-m", "entrypoint", "check", *flags, "--training_comment=[red]x[/red]"]
+    child = subprocess.Popen(command, stdout=far, stderr=subprocess.PIPE, env={**os.environ, "TERM": "xterm"})
+    os.close(far)
+    out = b""
+    while True:
+        try:
+            out += os.read(near, 1 << 16)
+        except OSError:
+            break
+    assert child.wait() == 2
+    text = out.decode()
+    assert text.startswith("\x1b[1;31munfit: 1 problem")
+    plain = re.sub(r"\x1b\[[\d;]*m", "", text)
+    assert "[red]x[/red]" in plain
+    assert max(map(len, plain.replace("\r", "").splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--help"], 0), (["check", "--help"], 0), ([], 2), (["chekc"], 2), (["check"], 2)],
+)
+def test_the_command_line(arguments: list[str], code: int) -> None:
+    command = [sys.executable, "-m", "entrypoint", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == code
+    assert "Traceback" not in ended.stderr
+    assert ("usage: python -m entrypoint train" in ended.stdout) == (code == 0)
