@@ -20,6 +20,7 @@ SD_SCRIPTS_DIR ?= $(wildcard .sd-scripts/checkout)
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 WHEELS ?=
+TAGGER ?=
 BUILD_FLAGS ?=
 GPUS ?= $(if $(filter cpu,$(VARIANT)),,all)
 ARGS ?=
@@ -63,12 +64,12 @@ build = docker image inspect $(BASE_IMAGE) >/dev/null 2>&1 || docker pull $(BASE
 	--build-arg BASE_DIGEST=$$(docker image inspect \
 		--format '{{with .RepoDigests}}{{index . 0}}{{else}}{{.Id}}{{end}}' $(BASE_IMAGE) | sed 's/.*@//') \
 	--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) \
-	$(if $(WHEELS),--build-context wheels=$(WHEELS)) \
+	$(if $(WHEELS),--build-context wheels=$(WHEELS)) $(if $(TAGGER),--build-context tagger=$(TAGGER)) \
 	$(if $(PIP_CONF),--secret id=pipconf$(comma)src=$(PIP_CONF)) \
 	$(if $(CERTIFICATES),--secret id=ca$(comma)src=$(CERTIFICATES))
 comma := ,
 
-image: ## Build the image [CUDA=12 CUDA_COMPAT=nvidia SD_SCRIPTS_DIR SD_SCRIPTS=none WHEELS BASE_IMAGE BUILD_FLAGS]
+image: ## Build the image [CUDA=12 CUDA_COMPAT=nvidia SD_SCRIPTS_DIR SD_SCRIPTS=none TAGGER WHEELS BASE_IMAGE BUILD_FLAGS]
 	$(build) --build-arg VARIANT=$(VARIANT) --build-arg CUDA_COMPAT=$(CUDA_COMPAT) \
 		$(if $(SD_SCRIPTS_DIR),--build-context sd-scripts=$(SD_SCRIPTS_DIR)) \
 		--tag $(IMAGE):$(TAG) .

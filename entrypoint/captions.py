@@ -97,7 +97,7 @@ def _built_in(asked: Captioning) -> Source:
     """The tagger of the image or of TAGGER_DIR. Raises Unfit where there is neither."""
     if named := os.environ.get("TAGGER_DIR"):
         return Source(Path(named).expanduser().absolute(), "TAGGER_DIR")
-    if BUILT_IN.is_dir():
+    if (BUILT_IN / MODEL).is_file():  # the image has the folder in any case
         return Source(BUILT_IN, "the image's tagger")
     wrong = f"it asks for captions, and there is no tagger: no channel tagger, no tagger_uri, no {BUILT_IN}"
     fix = f"Add a channel tagger with {MODEL} and {TAGS}, or type --tagger_uri=s3://BUCKET/tagger"

@@ -118,7 +118,9 @@ def look(inputs: Inputs) -> Looked:
         with collecting(problems):
             if found is not None:
                 names = {name: _named(file) for name, file in files.items()}
-                seen.append(pictures.check(found, on_disk, names, plan.merged.values))
+                seen.append(
+                    pictures.check(found, on_disk, names, plan.merged.values, resize.sizes(plan.request))
+                )
     if problems:
         raise Unfit(problems)
     for note in (note for one in seen for note in one.notes):
@@ -150,9 +152,7 @@ def prepare(inputs: Inputs, looked: Looked, tree: Tree, work: Path) -> Prepared:
             links[made] = links.pop(link)
         links = resize.apply(plan.request, links, files)
         if name == "dataset":
-            written = captions.write(
-                plan.tagger, inputs.tagger, found, root=root, links=links, given=files
-            )
+            written = captions.write(plan.tagger, inputs.tagger, found, root=root, links=links, given=files)
         origins |= {str(path): _named(files[source]) for path, source in links.items()}
     if written:
         say(f"prepare: the captions are kept in {tree.data / 'captions'}, where they can be corrected")

@@ -10,7 +10,7 @@ import hashlib
 import io
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -64,11 +64,17 @@ class _Look:
     wrong: tuple[str, str] | None = None
 
 
-def check(data_set: DataSet, files: Mapping[str, Path], names: Mapping[str, str], values: Any) -> Seen:
+def check(
+    data_set: DataSet,
+    files: Mapping[str, Path],
+    names: Mapping[str, str],
+    values: Any,
+    resized: Callable[[Size], Size] = lambda size: size,
+) -> Seen:
     """Open every picture and caption. Raises Unfit with all that the trainer could not use.
 
     `files` and `names`: where each file of the data set lies, and what the user calls it. `values`: the
-    trainer's options.
+    trainer's options. `resized`: what becomes of a picture's size before it is trained on.
     """
     begun = time.monotonic()
     asked = [
@@ -77,7 +83,7 @@ def check(data_set: DataSet, files: Mapping[str, Path], names: Mapping[str, str]
     paths = [picture.path for _, picture in asked]
     problems: list[Problem] = []
     with ThreadPoolExecutor(THREADS) as pool:
-        looks = list(pool.map(lambda one: _picture(files[one[1].path], one[0]), asked))
+        looks = list(pool.map(lambda one: _picture(files[one[1].path], one[0], resized), asked))
         problems += [
             Problem(names[path], *look.wrong) for path, look in zip(paths, looks, strict=True) if look.wrong
         ]
@@ -117,7 +123,7 @@ def check(data_set: DataSet, files: Mapping[str, Path], names: Mapping[str, str]
     return Seen(sizes, mend, frozenset(unmark), tuple(notes))
 
 
-def _picture(path: Path, values: Mapping[str, Any]) -> _Look:
+def _picture(path: Path, values: Mapping[str, Any], resized: Callable[[Size], Size]) -> _Look:
     """One picture: its size, what is to be mended, and what keeps it from being trained on."""
     look = _Look()
     try:
@@ -137,6 +143,7 @@ def _picture(path: Path, values: Mapping[str, Any]) -> _Look:
     except Exception as error:  # a damaged file brings forth errors of every kind
         look.wrong = f"the picture cannot be read ({_short(error)})", "Save it again, or take it out"
         return look
+    look.size = resized(look.size)
     look.wrong = next(_size(*look.size, values), None)
     return look
 

@@ -6,7 +6,7 @@ stays a link. Sizes are pixels.
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +22,7 @@ from entrypoint.files import File
 from entrypoint.inputs import Extras
 from entrypoint.rate import Rate
 from entrypoint.request import JobRequest
+from kohya.buckets import Size
 from kohya.config import Merged
 
 
@@ -59,6 +60,12 @@ def resized(size: tuple[int, int], side: int, crop: bool) -> tuple[int, int]:
     if least <= side:
         return size
     return max(side, round(width * side / least)), max(side, round(height * side / least))
+
+
+def sizes(request: JobRequest) -> Callable[[Size], Size]:
+    """What becomes of a picture's size in this job."""
+    side, crop = request.resize, request.resize_crop
+    return (lambda size: size) if side is None else (lambda size: resized(size, side, crop))
 
 
 def apply(request: JobRequest, links: Mapping[Path, str], given: Mapping[str, File]) -> dict[Path, str]:

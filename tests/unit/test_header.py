@@ -115,7 +115,7 @@ def test_a_name_out_of_a_file_is_one_short_line() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-def test_a_header_of_real_size_is_told_in_50_ms(kind: str) -> None:
+def test_a_header_of_real_size_is_told_at_once(kind: str) -> None:
     facts, end = {}, 0
     for name, shape in json.loads((DATA / f"base_{kind}.json").read_text()).items():
         size = 2 * int(np.prod(shape))
@@ -124,9 +124,9 @@ def test_a_header_of_real_size_is_told_in_50_ms(kind: str) -> None:
     content = file(facts, 0)
     seconds = []
     for _ in range(5):
-        begun = time.perf_counter()
+        begun = time.process_time()  # whatever else the machine does
         assert identify(read_header(io.BytesIO(content), len(content) + end)) == kind
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.process_time() - begun)
     assert min(seconds) < 0.05
 
 
