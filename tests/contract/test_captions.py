@@ -11,7 +11,7 @@ import pytest
 from entrypoint.check import Plan, check
 from entrypoint.contract import Tree
 from entrypoint.failures import Unfit
-from entrypoint.job import fetch, prepare, scratch
+from entrypoint.job import fetch, look, prepare, scratch
 from entrypoint.request import resolve
 from entrypoint.storage import S3Uri, Storage
 from kohya.config import Kind
@@ -109,7 +109,8 @@ def test_esd_asks_for_captions(
     work.mkdir()
 
     request = resolve([*flags, f"--s3_location={location}", "--save_last_n_epochs="], tree, storage)
-    prepared = prepare(fetch(check(request, tree, scratch(), storage), storage), tree, work)
+    inputs = fetch(check(request, tree, scratch(), storage), storage)
+    prepared = prepare(inputs, look(inputs), tree, work)
 
     assert {name: path.read_text() for name, path in prepared.captions.items()} == {
         f"2_shape/{name}": text for name, text in CAPTIONS.items()
