@@ -110,6 +110,9 @@ def examine(request: JobRequest, gpu: Gpu | None, storage: Storage, here: Here |
     if kind is not None:
         merged, wrong = rules.settle(kind, merged)
         problems += wrong
+        for folder in extras.dataset_config.folders if extras.dataset_config else ():
+            for conflict in rules.of_folder(kind, {**merged.values, **folder.values}):
+                problems.append(Problem(folder.where, conflict.wrong, conflict.fix))
         if model is not None:
             merged, wrong = base_model.settle(model, request.model.where, merged)
             problems += wrong

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from entrypoint.failures import Problem, Unfit
@@ -42,17 +43,17 @@ class Gpu:
     memory: int | None = None  # bytes of one of them; None: not told
 
 
-_GIB = 1 << 30
+_MIB = 1 << 20
 
 # The GPUs of configs/gpu, by their files' names: NVIDIA's data sheets, and
 # https://developer.nvidia.com/cuda-gpus. Of the A100 the smaller one.
 NAMED = {
-    "t4": Gpu("Tesla T4", 7.5, 1, memory=16 * _GIB),
-    "a10g": Gpu("NVIDIA A10G", 8.6, 1, memory=24 * _GIB),
-    "l4": Gpu("NVIDIA L4", 8.9, 1, memory=24 * _GIB),
-    "l40s": Gpu("NVIDIA L40S", 8.9, 1, memory=48 * _GIB),
-    "a100": Gpu("NVIDIA A100", 8.0, 1, memory=40 * _GIB),
-    "h100": Gpu("NVIDIA H100", 9.0, 1, memory=80 * _GIB),
+    "t4": Gpu("Tesla T4", 7.5, 1, memory=15360 * _MIB),
+    "a10g": Gpu("NVIDIA A10G", 8.6, 1, memory=23028 * _MIB),
+    "l4": Gpu("NVIDIA L4", 8.9, 1, memory=23034 * _MIB),
+    "l40s": Gpu("NVIDIA L40S", 8.9, 1, memory=46068 * _MIB),
+    "a100": Gpu("NVIDIA A100", 8.0, 1, memory=40960 * _MIB),
+    "h100": Gpu("NVIDIA H100", 9.0, 1, memory=81559 * _MIB),
 }
 UNNAMED = Gpu("a GPU that is not named", 8.0, 1)  # for which no preset is there, and that has bf16
 
@@ -144,7 +145,11 @@ def _memory() -> int | None:
 def _visible(count: int) -> int:
     """How many of `count` GPUs the trainer will see."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return count if named is None else min(count, len([name for name in named.split(",") if name.strip()]))
+    if named is None:
+        return count
+    names = (name.strip() for name in named.split(","))
+    seen = takewhile(lambda name: name.startswith(("GPU-", "MIG-")) or name in map(str, range(count)), names)
+    return min(count, len(list(seen)))  # CUDA stops at the first name that is none, such as -1
 
 
 def _cuda(python: str | Path) -> str | None:

@@ -102,7 +102,7 @@ def fetch(plan: Plan, storage: Storage, *, pictures_only: bool = False) -> Input
         weights = {option: [alone(one) for one in found] for option, found in plan.extras.weights.items()}
     files = below(request.dataset, plan.dataset_files)
     reg = below(request.reg, plan.reg_files) if request.reg else {}
-    tagger = alone(plan.tagger.model) if plan.tagger else None
+    tagger = alone(plan.tagger.model) if plan.tagger and not pictures_only else None
     fetched = storage.fetch(wanted, root) if wanted else ()
     return Inputs(plan, model, files, reg, weights, tagger, fetched)
 

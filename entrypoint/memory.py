@@ -78,6 +78,8 @@ def need(kind: Kind, values: Mapping[str, Any]) -> Need:
     pictures = int(width) * int(height or width) / facts.pixels * values.get("train_batch_size", 1)
     pictures *= whole / 2
     known = not (values.get("bucket_no_upscale") or values.get("dataset_config"))
+    if each == 4 and "8bit" not in str(values.get("optimizer_type", "")).lower():
+        states //= 2  # as precise as what is trained: train_network.py:815-826
     held = weights + trained * (each + states)
     kept = facts.checkpointed if values.get("gradient_checkpointing") else facts.kept
     return Need(held + (pictures * facts.checkpointed if known else 0), held + pictures * kept)
@@ -90,7 +92,7 @@ def problems(kind: Kind, size: int, merged: Merged, gpu: Gpu | None, host: int |
     least = need(kind, merged.values).least
     if gpu is not None and gpu.memory is not None and least > gpu.memory:
         wrong = f"it has {_gb(gpu.memory)} of memory, and the training needs at least {_gb(least)}"
-        fix = "Take a GPU with more, or a smaller train_batch_size or resolution"
+        fix = "Take a GPU with more, or a smaller network_dim, train_batch_size or resolution"
         yield Problem(gpu.name, wrong, fix)
     facts, values = _FACTS[kind], merged.values
     # sdxl_train_util.py:131-179, sdxl_model_util.py:148-156: the U-Net as fp32 unless full_…, the text

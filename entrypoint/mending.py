@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from entrypoint.console import say
 from entrypoint.dataset import DataSet, places
-from entrypoint.pictures import FORMATS, THREADS, TRANSPARENT, Seen
+from entrypoint.pictures import FORMATS, THREADS, TRANSPARENT, Seen, upright
 
 
 def mend(data_set: DataSet, seen: Seen, root: Path, alpha_mask: bool) -> Mapping[Path, Path]:
@@ -47,7 +47,7 @@ def _picture(link: Path, alpha_mask: bool) -> Path:
     """Upright, 8 bits a colour, on white unless its transparency is wanted. A PNG: it loses nothing."""
     target = link.with_suffix(".png")
     with Image.open(link, formats=FORMATS) as opened:
-        picture = ImageOps.exif_transpose(opened)
+        picture = upright(opened)
         if picture.mode.startswith("I;16"):
             picture = picture.convert("I")
         if picture.mode == "I":

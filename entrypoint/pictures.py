@@ -30,6 +30,15 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # whatever the ending s
 TRANSPARENT = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})  # Pillow's modes with an alpha channel
 ORIENTATION = 0x0112  # the EXIF tag
 _SIDEWAYS = frozenset({5, 6, 7, 8})  # its values that swap width and height
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _TURNED, _CLEAR, _DEEP = (
     "turned as its EXIF tag says",
     "transparent, put onto white",
@@ -138,7 +147,7 @@ def _picture(path: Path, values: Mapping[str, Any], resized: Callable[[Size], Si
             look.animated = picture.format != "MPO" and bool(getattr(picture, "is_animated", False))
             look.cmyk = picture.mode == "CMYK"
             look.mend = tuple(_wanting(picture, path, bool(values.get("alpha_mask"))))
-            if _TURNED in look.mend and _orientation(picture) in _SIDEWAYS:
+            if _TURNED in look.mend and orientation(picture) in _SIDEWAYS:
                 look.size = look.size[1], look.size[0]  # of the header: a draft is smaller
     except Exception as error:  # a damaged file brings forth errors of every kind
         look.wrong = f"the picture cannot be read ({_short(error)})", "Save it again, or take it out"
@@ -154,7 +163,7 @@ def _wanting(picture: ImageFile.ImageFile, path: Path, alpha_mask: bool) -> Iter
     load_image of sd-scripts (train_util.py:2948-2961) knows neither EXIF nor alpha, unless alpha_mask is set,
     and what has 16 bits a colour becomes white by Pillow's convert.
     """
-    if _orientation(picture) > 1:
+    if orientation(picture) > 1:
         yield _TURNED
     if picture.mode.startswith("I"):
         yield _DEEP
@@ -174,7 +183,13 @@ def _wanting(picture: ImageFile.ImageFile, path: Path, alpha_mask: bool) -> Iter
         yield _CLEAR
 
 
-def _orientation(picture: Image.Image) -> int:
+def upright(picture: Image.Image) -> Image.Image:
+    """A picture turned as its EXIF tag says. The EXIF itself, which may be damaged, is not written again."""
+    turn = _TURNS.get(orientation(picture))
+    return picture if turn is None else picture.transpose(turn)
+
+
+def orientation(picture: Image.Image) -> int:
     """1 for upright. A PNG is not unpacked for it, as getexif() would where there is none."""
     if picture.format == "PNG" and "exif" not in picture.info:
         return 1

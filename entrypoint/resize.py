@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from entrypoint import files
 from entrypoint.console import say
@@ -20,6 +20,7 @@ from entrypoint.dataset import PICTURES
 from entrypoint.failures import Problem, Unfit
 from entrypoint.files import File
 from entrypoint.inputs import Extras
+from entrypoint.pictures import orientation, upright
 from entrypoint.rate import Rate
 from entrypoint.request import JobRequest
 from kohya.buckets import Size
@@ -125,7 +126,7 @@ def opened(path: Path, name: str) -> Iterator[Image.Image]:
 
 def plain(image: Image.Image) -> Image.Image:
     """A picture as a person sees it, in RGB: turned as its EXIF says, on white where it is transparent."""
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode.startswith("I"):  # 16 bits, of which `convert` would make 255 wherever there is more
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if not image.has_transparency_data:
@@ -139,7 +140,7 @@ def plain(image: Image.Image) -> Image.Image:
 def _replace(places: list[Path], side: int, crop: bool, name: str) -> int:
     """Put a picture's small form in the place of its links. Returns its bytes; 0 where it may stay."""
     with opened(places[0], name) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        turned = orientation(image) > 1
         if image.size == resized(image.size, side, crop) and not turned and not image.has_transparency_data:
             return 0
         made = plain(image)

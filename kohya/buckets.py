@@ -65,11 +65,13 @@ class Buckets:
             height = min(self.largest, area // width // self.steps * self.steps)
             if height >= self.smallest:
                 sizes |= {(width, height), (height, width)}
-        return sorted(sizes)
+        return sorted(size for size in sizes if min(size))
 
 
 @lru_cache(1 << 12)
 def _choose(buckets: Buckets, size: Size) -> tuple[Size, Size]:
+    if not min(buckets.resolution) or not buckets.sizes:  # the options are told by kohya/rules.py
+        return (0, 0), (0, 0)
     width, height = size
     ratio = width / height
     if buckets.enabled and buckets.no_upscale:

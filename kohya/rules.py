@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kohya import networks
+from kohya.buckets import resolution
 from kohya.config import Kind, Merged, change
 from kohya.problem import Problem
 
@@ -210,7 +211,7 @@ def _sizes(kind: Kind, values: Mapping[str, Any]) -> Iterator[Conflict]:
     if not values.get("enable_bucket"):
         return
     steps, unit = values.get("bucket_reso_steps", 64), 64 if kind == "sd15" else 32
-    if steps % unit:
+    if steps < 1 or steps % unit:
         wrong = f"bucket_reso_steps = {steps} is no multiple of {unit}, as {kind} needs"
         yield Conflict("bucket_reso_steps", wrong, "Write bucket_reso_steps = 64")
         return
@@ -225,8 +226,15 @@ def _sizes(kind: Kind, values: Mapping[str, Any]) -> Iterator[Conflict]:
         yield Conflict("max_bucket_reso", wrong, fix, {"max_bucket_reso": max(sides)})
 
 
-def _caches(values: Mapping[str, Any]) -> Iterator[Conflict]:
-    """train_network.py:582; sdxl_train_network.py:35-41; train_util.py:1099-1113."""
+def of_folder(kind: Kind, values: Mapping[str, Any]) -> Iterator[Conflict]:
+    """What does not go together in a dataset_config's folder. `values`: its own over the job's."""
+    sides = resolution(512 if values.get("resolution") is None else values["resolution"])
+    yield from _sizes(kind, {**values, "resolution": ",".join(map(str, sides))})
+    yield from _caches_of_pictures(values)
+
+
+def _caches_of_pictures(values: Mapping[str, Any]) -> Iterator[Conflict]:
+    """train_network.py:582: a cache holds each picture as it was at first."""
     for name in ("color_aug", "random_crop"):
         if values.get(name) and values.get("cache_latents_to_disk"):
             yield Conflict(
@@ -235,6 +243,11 @@ def _caches(values: Mapping[str, Any]) -> Iterator[Conflict]:
         elif values.get(name) and values.get("cache_latents"):
             wrong = f"{name} changes pictures, and cache_latents keeps them as they are"
             yield Conflict(name, wrong, "Write cache_latents = false", {"cache_latents": False})
+
+
+def _caches(values: Mapping[str, Any]) -> Iterator[Conflict]:
+    """train_network.py:582; sdxl_train_network.py:35-41; train_util.py:1099-1113."""
+    yield from _caches_of_pictures(values)
     if values.get("cache_text_encoder_outputs") or values.get("cache_text_encoder_outputs_to_disk"):
         cached = "cache_text_encoder_outputs"
         if not values.get("network_train_unet_only"):

@@ -1,6 +1,7 @@
 """The command `check`: what it reports, in which form, and that it leaves the machine alone."""
 
 import json
+import math
 import os
 import pty
 import re
@@ -75,6 +76,33 @@ def test_three_mistakes_are_three_problems_in_one_report(
         assert told(report).count(said) == 1
 
 
+@pytest.mark.parametrize(
+    ("dataset", "subset", "wrong"),
+    [
+        ("resolution = 128", "", "min_bucket_reso = 256 is above resolution = 128,128"),
+        ("resolution = [1280, 512]", "", "max_bucket_reso = 1024 is below resolution = 1280,512"),
+        ("resolution = 0", "", "a side is shorter than 64 pixels"),
+        ("bucket_reso_steps = 0", "", "bucket_reso_steps = 0 is no multiple of 64"),
+        ("", "random_crop = true", "random_crop changes pictures, and cache_latents keeps them"),
+    ],
+)
+def test_a_dataset_configs_own_sizes_and_caches(
+    dataset: str, subset: str, wrong: str, job_toml: Look, tmp_path: Path
+) -> None:
+    """They are held against the job's, and the presets'; reading the pictures too does no harm."""
+    tables = f"[[datasets]]\n{dataset}\n[[datasets.subsets]]\nimage_dir = '2_shape'\n{subset}\n"
+    (tmp_path / "data.toml").write_text(tables + "caption_extension = '.txt'\n")
+    report = job_toml("dataset_config = 'data.toml'", pictures=True)
+    assert wrong in told(report)
+    assert "[[datasets]] 1, subset 1" in told(report)
+
+
+def test_sizes_that_make_no_bucket_are_told_with_pictures_too(flags: list[str]) -> None:
+    for size in ("--resolution=0,0", "--resolution=32"):
+        report = checked.look([*flags, size, "--bucket_no_upscale=false"], pictures=True)
+        assert "a side is shorter than 64 pixels" in told(report)
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_precision_of_gpus_is_for_another_machine(job_toml: Look, precision: str) -> None:
     report = job_toml(f'mixed_precision = "{precision}"\nxformers = true')
@@ -106,7 +134,7 @@ def test_every_gpu_that_can_be_named_has_its_preset() -> None:
         assert config.gpu_preset(gpu.name) == config.preset(f"gpu/{name}")
         opening = (Path(config.__file__).parents[1] / f"configs/gpu/{name}.toml").read_text().split("\n")[0]
         assert f"compute capability {gpu.capability}" in opening
-        assert f"{(gpu.memory or 0) >> 30} " in opening
+        assert f"{math.ceil((gpu.memory or 0) / 2**33) * 8} " in opening  # nvidia-smi tells a little less
 
 
 def test_pictures_are_read_only_when_asked(flags: list[str], tmp_path: Path) -> None:

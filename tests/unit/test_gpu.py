@@ -79,7 +79,7 @@ def test_the_tool_of_an_old_driver_knows_no_capability(
 
 def test_gpus_that_are_hidden_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told(tmp_path, monkeypatch, *["NVIDIA L4, 8.9, 580.65.06"] * 2)
-    for visible, found in (("0,1", 2), ("1", 1), ("", None)):
+    for visible, found in (("0,1", 2), ("1", 1), ("", None), ("-1", None), ("0,7,1", 1), ("GPU-5f", 1)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         seen = find_gpu()
         assert (seen.count if seen else None) == found

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from entrypoint import dataset, mending, pictures
 from entrypoint.dataset import DataSet
@@ -201,6 +201,21 @@ def test_a_picture_lying_on_its_side_is_turned(tmp_path: Path) -> None:
             red, white = turned.getpixel((80, 10)), turned.getpixel((10, 10))
             assert np.abs(np.subtract(red, (255, 0, 0))).max() < 8
             assert np.abs(np.subtract(white, (255, 255, 255))).max() < 8
+
+
+def test_a_picture_is_turned_although_its_exif_is_damaged(tmp_path: Path) -> None:
+    """A tag of another type than EXIF gives it: Pillow reads it, and fails when it is to write it."""
+    width = struct.pack(">HHI4s", 0x0100, 2, 4, b"abc\0")  # ImageWidth, as text
+    turn = struct.pack(">HHIHH", pictures.ORIENTATION, 3, 1, 6, 0)
+    exif = b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", 2) + width + turn + bytes(4)
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (128, 96)).save(tmp_path / "in" / "a.jpg", exif=exif)
+    (tmp_path / "in" / "a.txt").write_text("a cat")
+    with pytest.raises(struct.error), Image.open(tmp_path / "in" / "a.jpg") as read:
+        ImageOps.exif_transpose(read)
+    assert look(tmp_path / "in").sizes == [(96, 128)]
+    with Image.open(mended(tmp_path / "in", tmp_path / "tree")["a.png"]) as turned:
+        assert turned.size == (96, 128)
 
 
 def test_what_lies_beneath_transparent_parts_is_not_trained_on(tmp_path: Path) -> None:
