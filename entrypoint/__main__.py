@@ -1,8 +1,9 @@
 """`python -m entrypoint train|check|format`: the job as SageMaker runs it, and two commands for a laptop."""
 
-import io
 import signal
 import sys
+
+from entrypoint.console import speak_any_language
 
 USAGE = """usage: python -m entrypoint train [--name=value …]
        python -m entrypoint check [--name=value …] [--gpu=NAME] [--pictures] [--json]
@@ -19,9 +20,7 @@ format  Prints a TOML corrected where that is safe, and says what it changed; --
 
 def main() -> int:
     """Run the command that the arguments name; returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
+    speak_any_language()
     command, arguments = (sys.argv[1], sys.argv[2:]) if sys.argv[1:] else ("", [])
     if command in ("--help", "-h") or {"--help", "-h"} & set(arguments):
         print(USAGE)

@@ -21,11 +21,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from entrypoint import files, resize
+from entrypoint import files
 from entrypoint.console import say
 from entrypoint.dataset import PICTURES, DataSet
 from entrypoint.failures import Problem, Unfit, collecting
 from entrypoint.files import File, Single
+from entrypoint.pictures import opened, plain
 from entrypoint.rate import Rate
 from entrypoint.request import Captioning, JobRequest, Source
 from entrypoint.storage import Storage
@@ -264,9 +265,9 @@ def _tagged(
 
 def _pixels(path: Path, name: str, side: int) -> Pixels:
     """A picture as the tagger looks at it. Raises Unfit where it cannot be read."""
-    with resize.opened(path, name) as opened:
-        opened.draft("RGB", (2 * side, 2 * side))  # a JPEG is unpacked at a half to an eighth of its size
-        picture = resize.plain(opened)
+    with opened(path, name) as image:
+        image.draft("RGB", (2 * side, 2 * side))  # a JPEG is unpacked at a half to an eighth of its size
+        picture = plain(image)
     scale = side / max(picture.size)
     width, height = (max(1, round(length * scale)) for length in picture.size)
     square = Image.new("RGB", (side, side), (255, 255, 255))

@@ -34,7 +34,7 @@ def redact(text: str) -> str:
 
 
 def speak_any_language() -> None:
-    """Print what the streams' encoding does not have as escapes: sd-scripts speaks Japanese too."""
+    """Print as escapes what the streams cannot encode: sd-scripts speaks Japanese, a name may be no text."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

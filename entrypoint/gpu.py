@@ -74,17 +74,18 @@ class Compat:
 def find_gpu() -> Gpu | None:
     """The GPUs, as the driver's own tool tells them; None where there is none."""
     # The tool of an old driver knows no compute_cap, and then tells nothing: yet its age is to be told.
-    told = _ask("name", "compute_cap", "driver_version") or _ask("name", "driver_version")
+    told = _ask("name", "compute_cap", "driver_version", "memory.total") or _ask("name", "driver_version")
     count = _visible(len(told))
     if not count:
         return None
     capability, driver = told[0].get("compute_cap", ""), told[0]["driver_version"]
+    memory = re.fullmatch(r"(\d+) MiB", told[0].get("memory.total", ""))
     return Gpu(
         told[0]["name"],
         float(capability) if re.fullmatch(r"\d+\.\d+", capability) else None,  # it may be "[N/A]"
         count,
         driver if re.fullmatch(r"\d{3}(\.\d+)+", driver) else None,
-        _memory(),
+        int(memory[1]) << 20 if memory else None,
     )
 
 
@@ -133,13 +134,6 @@ def _ask(*fields: str) -> list[dict[str, str]]:
     rows = [line.rsplit(",", len(fields) - 1) for line in told.splitlines()]
     # A line of another form is a warning.
     return [dict(zip(fields, map(str.strip, row), strict=True)) for row in rows if len(row) == len(fields)]
-
-
-def _memory() -> int | None:
-    """The bytes of the first GPU, of which nvidia-smi tells as "15360 MiB"."""
-    told = _ask("memory.total")
-    mebibytes = re.fullmatch(r"(\d+) MiB", told[0]["memory.total"]) if told else None
-    return int(mebibytes[1]) << 20 if mebibytes else None
 
 
 def _visible(count: int) -> int:

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from entrypoint import captions, console, dataset, mending, pictures, publish, resize, stops, trainer
+from entrypoint import captions, dataset, mending, pictures, publish, resize, stops, trainer
 from entrypoint import model as base_model
 from entrypoint.check import Plan, check
 from entrypoint.checkpoint import Lora, verify_lora
@@ -28,7 +28,7 @@ from entrypoint.failures import (
     Unfit,
     collecting,
 )
-from entrypoint.files import File, Single
+from entrypoint.files import File, Single, name_of
 from entrypoint.record import Inputs, Job, Looked, Prepared
 from entrypoint.request import Source, resolve
 from entrypoint.storage import RemoteObject, Storage
@@ -38,7 +38,6 @@ from kohya.buckets import Size
 
 def run(arguments: Sequence[str]) -> int:
     """Run a job to its end and return the exit code: 0 only if a verified LoRA exists."""
-    console.speak_any_language()
     stops.raise_them()
     storage = Storage()
     error: BaseException | None = None
@@ -117,7 +116,7 @@ def look(inputs: Inputs) -> Looked:
     ):
         with collecting(problems):
             if found is not None:
-                names = {name: _named(file) for name, file in files.items()}
+                names = {name: name_of(file) for name, file in files.items()}
                 seen.append(
                     pictures.check(found, on_disk, names, plan.merged.values, resize.sizes(plan.request))
                 )
@@ -153,7 +152,7 @@ def prepare(inputs: Inputs, looked: Looked, tree: Tree, work: Path) -> Prepared:
         links = resize.apply(plan.request, links, files)
         if name == "dataset":
             written = captions.write(plan.tagger, inputs.tagger, found, root=root, links=links, given=files)
-        origins |= {str(path): _named(files[source]) for path, source in links.items()}
+        origins |= {str(path): name_of(files[source]) for path, source in links.items()}
     if written:
         say(f"prepare: the captions are kept in {tree.data / 'captions'}, where they can be corrected")
     owned: dict[str, object] = {
@@ -320,11 +319,7 @@ def _good_ones(prepared: Prepared) -> list[Lora]:
     return good
 
 
-def _named(file: File) -> str:
-    return str(file.uri) if isinstance(file, RemoteObject) else str(file)
-
-
 def _folder_of(origin: File | object) -> str:
     """A folder's name for what comes from one place: always the same, so that it is found there again."""
-    name = _named(origin) if isinstance(origin, RemoteObject) else str(origin)
+    name = name_of(origin) if isinstance(origin, RemoteObject) else str(origin)
     return hashlib.sha256(name.encode()).hexdigest()[:16]

@@ -72,14 +72,15 @@ def need(kind: Kind, values: Mapping[str, Any]) -> Need:
         trained += 0 if values.get("network_train_text_encoder_only") else facts.lora_unet
         trained += 0 if values.get("network_train_unet_only") else facts.lora_text
         trained *= values.get("network_dim", 4)
-    each = 4 if values.get("full_fp16") or values.get("full_bf16") else 8  # itself and its gradient
-    states = _STATES.get(str(values.get("optimizer_type", "AdamW")).lower(), 0)
+    optimizer, half = str(values.get("optimizer_type", "AdamW")).lower(), _is_half(values)
+    each = 4 if half else 8  # itself and its gradient
+    states = _STATES.get(optimizer, 0)
+    if half and "8bit" not in optimizer:
+        states //= 2  # as precise as what is trained: train_network.py:815-826
     width, _, height = str(values.get("resolution", "512")).partition(",")
     pictures = int(width) * int(height or width) / facts.pixels * values.get("train_batch_size", 1)
     pictures *= whole / 2
     known = not (values.get("bucket_no_upscale") or values.get("dataset_config"))
-    if each == 4 and "8bit" not in str(values.get("optimizer_type", "")).lower():
-        states //= 2  # as precise as what is trained: train_network.py:815-826
     held = weights + trained * (each + states)
     kept = facts.checkpointed if values.get("gradient_checkpointing") else facts.kept
     return Need(held + (pictures * facts.checkpointed if known else 0), held + pictures * kept)
@@ -97,8 +98,7 @@ def problems(kind: Kind, size: int, merged: Merged, gpu: Gpu | None, host: int |
     facts, values = _FACTS[kind], merged.values
     # sdxl_train_util.py:131-179, sdxl_model_util.py:148-156: the U-Net as fp32 unless full_…, the text
     # encoders always; with lowram the GPU takes them
-    half = values.get("full_fp16") or values.get("full_bf16")
-    loading = facts.unet * (2 if half else 4) + facts.text * 4
+    loading = facts.unet * (2 if _is_half(values) else 4) + facts.text * 4
     if kind == "sdxl" and host is not None and loading > host and not values.get("lowram"):
         wrong = f"it has {_gb(host)} of memory, and loading the base model needs at least {_gb(loading)}"
         yield Problem("this machine", wrong, "Take a larger one, such as ml.g5.2xlarge for ml.g5.xlarge")
@@ -124,6 +124,11 @@ def of_this_machine() -> int:
         if file.is_file() and (told := file.read_text().strip()).isdecimal():
             limits.append(int(told))
     return min(limits)
+
+
+def _is_half(values: Mapping[str, Any]) -> bool:
+    """Whether all that is trained is in half precision."""
+    return bool(values.get("full_fp16") or values.get("full_bf16"))
 
 
 def _is_full(kind: Kind, size: int) -> bool:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from entrypoint.console import say
 from entrypoint.dataset import DataSet, places
-from entrypoint.pictures import FORMATS, THREADS, TRANSPARENT, Seen, upright
+from entrypoint.pictures import FORMATS, THREADS, Seen, plain
 
 
 def mend(data_set: DataSet, seen: Seen, root: Path, alpha_mask: bool) -> Mapping[Path, Path]:
@@ -47,18 +47,7 @@ def _picture(link: Path, alpha_mask: bool) -> Path:
     """Upright, 8 bits a colour, on white unless its transparency is wanted. A PNG: it loses nothing."""
     target = link.with_suffix(".png")
     with Image.open(link, formats=FORMATS) as opened:
-        picture = upright(opened)
-        if picture.mode.startswith("I;16"):
-            picture = picture.convert("I")
-        if picture.mode == "I":
-            picture = picture.point(lambda value: value * (1 / 256)).convert("L")
-        if picture.mode in TRANSPARENT or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            if not alpha_mask:
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-        if picture.mode != "RGBA" or not alpha_mask:
-            picture = picture.convert("RGB")
+        picture = plain(opened, keep_alpha=alpha_mask)
         link.unlink()
         picture.save(target, compress_level=1)
     return target

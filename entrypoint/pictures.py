@@ -12,6 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -150,7 +151,7 @@ def _picture(path: Path, values: Mapping[str, Any], resized: Callable[[Size], Si
             if _TURNED in look.mend and orientation(picture) in _SIDEWAYS:
                 look.size = look.size[1], look.size[0]  # of the header: a draft is smaller
     except Exception as error:  # a damaged file brings forth errors of every kind
-        look.wrong = f"the picture cannot be read ({_short(error)})", "Save it again, or take it out"
+        look.wrong = _unreadable(error)
         return look
     look.size = resized(look.size)
     look.wrong = next(_size(*look.size, values), None)
@@ -181,6 +182,31 @@ def _wanting(picture: ImageFile.ImageFile, path: Path, alpha_mask: bool) -> Iter
     picture.load()
     if alpha and not alpha_mask and _is_clear(picture):
         yield _CLEAR
+
+
+@contextmanager
+def opened(path: Path, name: str) -> Iterator[Image.Image]:
+    """A picture, not yet read. Raises Unfit, with the user's `name` for it, where it cannot be."""
+    try:
+        with Image.open(path) as picture:
+            yield picture
+    except Exception as error:  # a damaged file brings forth errors of every kind
+        raise Unfit([Problem(name, *_unreadable(error))]) from error
+
+
+def plain(picture: Image.Image, *, keep_alpha: bool = False) -> Image.Image:
+    """A picture as a person sees it: upright, 8 bits a colour, on white unless its alpha is to be kept."""
+    picture = upright(picture)
+    if picture.mode.startswith("I;16"):
+        picture = picture.convert("I")
+    if picture.mode == "I":  # of which `convert` alone would make 255 wherever there is more
+        picture = picture.point(lambda value: value * (1 / 256)).convert("L")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    if keep_alpha:
+        return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def upright(picture: Image.Image) -> Image.Image:
@@ -331,7 +357,8 @@ def _some(names: Iterable[str], noun: str = "picture") -> str:
     return f"{len(found)} {noun}{'' if len(found) == 1 else 's'} ({shown}{more})"
 
 
-def _short(error: BaseException) -> str:
-    """What Pillow says, without its path."""
+def _unreadable(error: BaseException) -> tuple[str, str]:
+    """What is wrong, in Pillow's words without its path, and the way out."""
     text = str(error).partition(" '/")[0] or type(error).__name__
-    return text if len(text) <= 80 else text[:77] + "…"
+    text = text if len(text) <= 80 else text[:77] + "…"
+    return f"the picture cannot be read ({text})", "Save it again, or take it out"

@@ -6,12 +6,10 @@ stays a link. Sizes are pixels.
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from entrypoint import files
@@ -20,7 +18,7 @@ from entrypoint.dataset import PICTURES
 from entrypoint.failures import Problem, Unfit
 from entrypoint.files import File
 from entrypoint.inputs import Extras
-from entrypoint.pictures import orientation, upright
+from entrypoint.pictures import opened, orientation, plain
 from entrypoint.rate import Rate
 from entrypoint.request import JobRequest
 from kohya.buckets import Size
@@ -111,30 +109,6 @@ def apply(request: JobRequest, links: Mapping[Path, str], given: Mapping[str, Fi
         f"{sum(done.values()) / 1e6:.1f} MB, {rate}"
     )
     return tree
-
-
-@contextmanager
-def opened(path: Path, name: str) -> Iterator[Image.Image]:
-    """A picture, not yet read. Raises Unfit, with the user's `name` for it, where it cannot be."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except Exception as error:  # a damaged file brings forth errors of every kind
-        wrong = f"the picture cannot be read ({str(error)[:80] or type(error).__name__})"
-        raise Unfit([Problem(name, wrong, "Save it again, or take it out")]) from error
-
-
-def plain(image: Image.Image) -> Image.Image:
-    """A picture as a person sees it, in RGB: turned as its EXIF says, on white where it is transparent."""
-    image = upright(image)
-    if image.mode.startswith("I"):  # 16 bits, of which `convert` would make 255 wherever there is more
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGB", image.size, (255, 255, 255))
-    white.paste(image, mask=image.getchannel("A"))
-    return white
 
 
 def _replace(places: list[Path], side: int, crop: bool, name: str) -> int:

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from kohya.config import Kind
+
 METRIC = re.compile(
     r"step=(\d+)/(\d+) epoch=\d+/\d+ loss=\d+\.\d{4} avg_loss=\d+\.\d{4} lr=\d\.\de[+-]\d\d"
     r"( images_per_s=\d+\.\d\d eta_s=\d+)?"
@@ -169,11 +171,12 @@ class Job:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
-def write_nvidia_smi(folder: Path, *gpus: str) -> None:
-    """An nvidia-smi for PATH that tells of `gpus`: "Tesla T4, 7.5, 580.65.06"."""
+def write_nvidia_smi(folder: Path, *gpus: str, memory: str = "[N/A]") -> None:
+    """An nvidia-smi for PATH that tells of `gpus`, such as "Tesla T4, 7.5, 580.65.06", with this memory."""
     folder.mkdir()
     tool = folder / "nvidia-smi"
-    tool.write_text("\n".join(["#!/bin/sh", *(f"echo '{gpu}'" for gpu in gpus)]))
+    lines = (f"{gpu}, {memory}" if gpu.count(",") == 2 else gpu for gpu in gpus)  # others are warnings
+    tool.write_text("\n".join(["#!/bin/sh", *(f"echo '{line}'" for line in lines)]))
     tool.chmod(0o755)
 
 
@@ -206,3 +209,13 @@ def write_dataset(folder: Path, *, side: int = 96) -> Path:
         Image.fromarray(pixels).save(subset / f"{number}.png")
         (subset / f"{number}.txt").write_text(f"a {colour} square, noise")
     return folder
+
+
+def esd_parameters(
+    output: object, model: object, pictures: object, toml: object, kind: Kind = "sd15", **params: object
+) -> str:
+    """What ESD's s3_location leads to: its parameter JSON. `params` stand beside the places in it."""
+    places = {"s3_model_path": str(model), "s3_data_path": str(pictures), "s3_toml_path": str(toml)}
+    training = {"fm_type": {"sd15": "sd_1_5", "sdxl": "sd_xl"}[kind], **places}
+    told = {"id": "1f", "training-type": "kohya", "s3-output-path": str(output)}
+    return json.dumps({**told, "params": {"training_params": training, **params}})

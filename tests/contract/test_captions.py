@@ -1,6 +1,5 @@
 """Captions and resizing on request: the whole job, and what is refused before anything is fetched."""
 
-import json
 import re
 import tempfile
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from entrypoint.request import resolve
 from entrypoint.storage import S3Uri, Storage
 from kohya.config import Kind
 from tests.contract.test_job import ESD_TOML, assert_completed, put
-from tests.harness import TINY, Job, write_dataset
+from tests.harness import TINY, Job, esd_parameters, write_dataset
 from tests.s3 import S3Server
 from tests.tagger import write_tagger
 
@@ -92,19 +91,14 @@ def test_esd_asks_for_captions(
     put(s3, bucket / "model/base.safetensors", base_models["sd15"])
     toml = ESD_TOML.replace("enable_wd14_tagger = false", "enable_wd14_tagger = true")
     put(s3, bucket / "kohya/train/1f/input/job.toml", toml if form == "webui" else ESD_TOML)
-    training = {
-        "fm_type": "sd_1_5",
-        "s3_model_path": str(bucket / "model/base.safetensors"),
-        "s3_data_path": str(bucket / "dataset/shape"),
-        "s3_toml_path": str(bucket / "kohya/train/1f/input/job.toml"),
-    }
-    parameters = {
-        "id": "1f",
-        "training-type": "kohya",
-        "s3-output-path": str(bucket / "custom/1f"),
-        "params": {"training_params": training, **(told if form == "api" else {"config_params": told})},
-    }
-    location = put(s3, bucket / "train/param-1f.json", json.dumps(parameters))
+    parameters = esd_parameters(
+        bucket / "custom/1f",
+        bucket / "model/base.safetensors",
+        bucket / "dataset/shape",
+        bucket / "kohya/train/1f/input/job.toml",
+        **(told if form == "api" else {"config_params": told}),
+    )
+    location = put(s3, bucket / "train/param-1f.json", parameters)
     storage, work = Storage(), tmp_path / "work"
     work.mkdir()
 
@@ -195,20 +189,8 @@ def test_esds_flag_in_the_toml_alone(
     toml = ESD_TOML.replace("enable_wd14_tagger = false", f"enable_wd14_tagger = {value}")
     tables = '[training.wd14_tagger_params]\ngeneral_threshold = "0"\ncharacter_threshold = "0"\n'
     (tmp_path / "job.toml").write_text(toml + tables)
-    parameters = {
-        "id": "1f",
-        "training-type": "kohya",
-        "s3-output-path": str(tmp_path / "out"),
-        "params": {
-            "training_params": {
-                "fm_type": "sd_1_5",
-                "s3_model_path": str(base_models["sd15"]),
-                "s3_data_path": str(uncaptioned),
-                "s3_toml_path": str(tmp_path / "job.toml"),
-            }
-        },
-    }
-    (tmp_path / "p.json").write_text(json.dumps(parameters))
+    parameters = esd_parameters(tmp_path / "out", base_models["sd15"], uncaptioned, tmp_path / "job.toml")
+    (tmp_path / "p.json").write_text(parameters)
     tree = Tree(tmp_path / "ml")
     request = resolve(
         [f"--s3_location={tmp_path / 'p.json'}", "--trainer=builtin", "--save_last_n_epochs="],

@@ -5,7 +5,6 @@ v0.10.1: train_network.md (network), sdxl_train_network.md (sdxl), train_network
 masked_loss_README.md, validation.md, config_README-en.md.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from entrypoint import checked
 from entrypoint.checked import Report
 from kohya import networks
 from kohya.config import Kind
-from tests.harness import write_dataset
+from tests.harness import esd_parameters, write_dataset
 
 Ask = Callable[..., Report]
 
@@ -298,22 +297,16 @@ def test_esds_template_and_payload(
     (tmp_path / "input").mkdir()
     toml = tmp_path / "input" / "kohya_config_cloud.toml"
     toml.write_text(tomli_w.dumps({"training": template}))
-    parameters = {
-        "id": "a-1",
-        "training-type": "kohya",
-        "s3-output-path": str(tmp_path / "out"),
-        "params": {
-            "training_params": {
-                "fm_type": {"sd15": "sd_1_5", "sdxl": "sd_xl"}[kind],
-                "s3_model_path": str(models[kind]),
-                "s3_data_path": str(pictures),
-                "s3_toml_path": str(toml),
-            },
-            "enable_wd14_tagger": False,
-            "wd14_tagger_params": {"general_threshold": "0", "character_threshold": "0"},
-        },
-    }
-    (tmp_path / "param.json").write_text(json.dumps(parameters))
+    parameters = esd_parameters(
+        tmp_path / "out",
+        models[kind],
+        pictures,
+        toml,
+        kind,
+        enable_wd14_tagger=False,
+        wd14_tagger_params={"general_threshold": "0", "character_threshold": "0"},
+    )
+    (tmp_path / "param.json").write_text(parameters)
     for gpu in ("a10g", "t4"):  # what ESD offers
         report = checked.look([f"--s3_location={tmp_path / 'param.json'}"], gpu=gpu)
         assert report.problems == ()

@@ -1,6 +1,5 @@
 """Whole jobs in the image: each way to ask, each kind, each trainer that the image has."""
 
-import json
 import re
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 from entrypoint.storage import S3Uri
 from kohya.config import KINDS, Kind
 from tests.contract.test_job import ESD_TOML, assert_completed, keys, put
-from tests.harness import TINY, Result
+from tests.harness import TINY, Result, esd_parameters
 from tests.image.container import ContainerJob
 from tests.s3 import S3Server
 
@@ -84,20 +83,13 @@ def test_esd(
 ) -> None:
     """The single hyperparameter s3_location; LoRAs and nothing else come out."""
     folder = bucket / "Stable-diffusion/checkpoint/custom/1f"
-    parameters = {
-        "id": "1f",
-        "training-type": "kohya",
-        "s3-output-path": str(folder),
-        "params": {
-            "training_params": {
-                "fm_type": "sd_1_5",
-                "s3_model_path": str(put(s3, bucket / "base.safetensors", base_models["sd15"])),
-                "s3_data_path": str(put(s3, bucket / "dataset/shape", pictures)),
-                "s3_toml_path": str(put(s3, bucket / "config.toml", ESD_TOML)),
-            }
-        },
-    }
-    location = put(s3, bucket / "param.json", json.dumps(parameters))
+    parameters = esd_parameters(
+        folder,
+        put(s3, bucket / "base.safetensors", base_models["sd15"]),
+        put(s3, bucket / "dataset/shape", pictures),
+        put(s3, bucket / "config.toml", ESD_TOML),
+    )
+    location = put(s3, bucket / "param.json", parameters)
     s3_job.configure("hyperparameters", {"s3_location": str(location)})
     # Its TOML has one option that builtin does not.
     flags = ("--trainer=builtin", "--save_last_n_epochs=") if variant == "cpu" else ()

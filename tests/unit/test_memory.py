@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from entrypoint import check, memory
-from entrypoint.gpu import NAMED, Gpu
+from entrypoint.gpu import NAMED, Gpu, find_gpu
 from kohya import config
 from kohya.config import Kind, Merged, Setting
 from tests.harness import write_nvidia_smi
@@ -143,11 +143,12 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_gpus_memory_is_what_nvidia_smi_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from entrypoint.gpu import _memory  # noqa: PLC0415
-
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "a"))
-    assert _memory() is None
-    for folder, line, bytes_ in (("b", "15360 MiB", 15360 << 20), ("c", "[N/A]", None)):
-        write_nvidia_smi(tmp_path / folder, line)
+    assert find_gpu() is None
+    for folder, told_, bytes_ in (("b", "15360 MiB", 15360 << 20), ("c", "[N/A]", None)):
+        write_nvidia_smi(tmp_path / folder, "Tesla T4, 7.5, 580.65.06", memory=told_)
         monkeypatch.setenv("PATH", f"{tmp_path / folder}:/bin")
-        assert _memory() == bytes_
+        gpu = find_gpu()
+        assert gpu is not None
+        assert gpu.memory == bytes_
