@@ -8,8 +8,9 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from entrypoint import captions, console, files, inputs, memory, resize
+from entrypoint import captions, console, files, inputs, memory, resize, states
 from entrypoint import model as base_model
 from entrypoint.captions import Tagger
 from entrypoint.contract import Tree
@@ -20,6 +21,7 @@ from entrypoint.gpu import Compat, Gpu, compatibility, find_gpu
 from entrypoint.inputs import Extras
 from entrypoint.model import ModelFile
 from entrypoint.request import ESD_TAGGER, Captioning, JobRequest, Location, Source, Trainer
+from entrypoint.states import State
 from entrypoint.storage import RemoteObject, S3Uri, Storage
 from kohya import config, rules, sd_scripts, tokenizers
 from kohya.builtin.options import lacks as builtin_lacks
@@ -49,6 +51,8 @@ class Plan:
     compat: Compat | None  # None: the driver's own libraries serve
     sd_scripts: SdScripts | None  # None: the built-in trainer
     tagger: Tagger | None  # None: no captions are asked for
+    run: Mapping[str, Any]  # what is to be learned: of a run that goes on it must be the same
+    states: Sequence[State]  # that the job may go on from, the newest first
 
 
 @dataclass(frozen=True)
@@ -130,18 +134,47 @@ def examine(request: JobRequest, gpu: Gpu | None, storage: Storage, here: Here |
             problems += wrong
     plan = None
     if model is not None and kind is not None:
-        host = memory.of_this_machine() if here and request.trainer == "sd-scripts" else None
-        problems += memory.problems(kind, model.size, merged, gpu, host)
-        merged = replace(merged, notes=(*merged.notes, *memory.notes(kind, model.size, merged, gpu)))
+        merged, wrong = _memory(request, kind, model.size, merged, gpu, here=here is not None)
+        problems += wrong
     if model is not None and kind is not None and data_set is not None:
         plan = Plan(
             request, kind, model, data_set, data_files, reg, reg_files, extras, merged, gpu, compat, scripts,
-            tagger,
+            tagger, {}, (),
         )  # fmt: skip
+        plan = _going_on(plan, here, storage, problems)
     if here is not None:
         problems += _outputs(request, here, storage)
         problems += _disk(to_fetch(plan), here) if plan else []
     return Findings(tuple(problems), merged, gpu, kind, model, data_set, reg, plan)
+
+
+def _memory(
+    request: JobRequest, kind: Kind, size: int, merged: Merged, gpu: Gpu | None, *, here: bool
+) -> tuple[Merged, list[Problem]]:
+    host = memory.of_this_machine() if here and request.trainer == "sd-scripts" else None
+    notes = memory.notes(kind, size, merged, gpu)
+    problems = [*memory.problems(kind, size, merged, gpu, host)]
+    return replace(merged, notes=(*merged.notes, *notes)), problems
+
+
+def _going_on(plan: Plan, here: Here | None, storage: Storage, problems: list[Problem]) -> Plan:
+    """The plan with what is to be learned and, where the user names none, states that learned some of it."""
+    request, described = plan.request, plan.extras.dataset_config
+    run = states.identity(
+        request,
+        plan.kind,
+        plan.model,
+        data=(plan.dataset, plan.dataset_files),
+        reg=(plan.reg, plan.reg_files) if plan.reg else None,
+        values=plan.merged.values,
+        dataset_config=described.content if described else None,
+    )
+    if here is None or "resume" in plan.merged.settings:
+        return replace(plan, run=run)
+    places = [here.tree.checkpoints, *([request.checkpoints] if request.checkpoints else [])]
+    found, wrong = states.find(places, run, storage)
+    problems += wrong
+    return replace(plan, run=run, states=found)
 
 
 def _toml(request: JobRequest, storage: Storage) -> tuple[list[Setting], Location | None]:
@@ -343,7 +376,7 @@ def _to_fetch(model: ModelFile, pictures: Iterable[File], extras: Extras, tagger
 def _outputs(request: JobRequest, here: Here, storage: Storage) -> list[Problem]:
     """What keeps the job from writing where it is asked to."""
     problems: list[Problem] = []
-    for place in (request.output, request.logs):
+    for place in (request.output, request.logs, request.checkpoints):
         if isinstance(place, S3Uri):
             with collecting(problems):
                 storage.check_writable(place)

@@ -89,6 +89,11 @@ def find_gpu() -> Gpu | None:
     )
 
 
+def works() -> bool:
+    """Whether a GPU computes right now; not so where that is not told."""
+    return any(row["utilization.gpu"] not in ("0 %", "[N/A]") for row in _ask("utilization.gpu"))
+
+
 def compatibility(gpu: Gpu | None, python: str | Path) -> Compat | None:
     """The libraries that the trainer, run by `python`, needs in the place of the driver's own; None: none.
 

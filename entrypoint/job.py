@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from entrypoint import captions, dataset, mending, pictures, publish, resize, stops, trainer
+from entrypoint import captions, dataset, mending, outbox, pictures, publish, resize, states, stops, trainer
 from entrypoint import model as base_model
 from entrypoint.check import Plan, check
 from entrypoint.checkpoint import Lora, verify_lora
@@ -29,11 +29,15 @@ from entrypoint.failures import (
     collecting,
 )
 from entrypoint.files import File, Single, name_of
+from entrypoint.keeper import Keeper
+from entrypoint.outbox import Outbox
 from entrypoint.record import Inputs, Job, Looked, Prepared
 from entrypoint.request import Source, resolve
+from entrypoint.states import Taken
 from entrypoint.storage import RemoteObject, Storage
-from kohya import config, networks, states, tokenizers
+from kohya import config, networks, tokenizers
 from kohya.buckets import Size
+from kohya.states import FOLDER, VARIABLE
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -41,6 +45,8 @@ def run(arguments: Sequence[str]) -> int:
     stops.raise_them()
     storage = Storage()
     error: BaseException | None = None
+    sent = Outbox(storage)
+    keeper: Keeper | None = None
     with tempfile.TemporaryDirectory(prefix="kohya-job-") as work:
         job = Job(Tree.from_environment(), Path(work))
         job.tree.forget_failure()
@@ -53,16 +59,19 @@ def run(arguments: Sequence[str]) -> int:
             with job.stage("fetch"):
                 job.inputs = fetch(job.plan, storage)
                 job.looked = look(job.inputs)
+                taken = states.take(job.plan.states, job.work, storage)
             with job.stage("prepare"):
-                job.prepared = prepare(job.inputs, job.looked, job.tree, job.work)
+                job.prepared = prepare(job.inputs, job.looked, taken, job.tree, job.work)
             with job.stage("train"):
-                ended = train(job.prepared)
+                keeper = Keeper(job, job.prepared, sent, _verified)
+                with keeper.watching():
+                    ended = train(job.prepared)
             with job.stage("verify"):
                 job.loras = verify(job.prepared, ended)
         except (Exception, Stopped) as caught:  # a defect of ours must leave a failure file too
             error = caught
-        stops.ignore_them()  # there is nothing left to stop, and publishing must not be cut short
-        return finish(job, error, storage)
+        stops.note_them()  # there is nothing left to stop, and publishing has its own time
+        return finish(job, error, keeper, sent)
 
 
 def scratch() -> Path:
@@ -86,7 +95,7 @@ def fetch(plan: Plan, storage: Storage, *, pictures_only: bool = False) -> Input
         at = f"{_folder_of(single.file)}/{path.name}"
         if single.streamed:
             say(f"fetch: reading {path} once, in order")
-            publish.place({at: path}, root)
+            outbox.place({at: path}, root)
             return root / at
         return local(single.file, at)
 
@@ -131,12 +140,12 @@ def look(inputs: Inputs) -> Looked:
     return Looked(data, reg, told)
 
 
-def prepare(inputs: Inputs, looked: Looked, tree: Tree, work: Path) -> Prepared:
-    """The tree that the trainer sees, and the configuration that it reads."""
+def prepare(inputs: Inputs, looked: Looked, taken: Taken | None, tree: Tree, work: Path) -> Prepared:
+    """The tree that the trainer sees, and the configuration that it reads. `taken`: what it goes on from."""
     plan = inputs.plan
-    output, logs = work / "output", tree.tensorboard
-    output.mkdir()
-    logs.mkdir(parents=True, exist_ok=True)
+    output, logs, unasked = work / "output", work / "logs", work / "states"
+    for folder in (output, logs, unasked):
+        folder.mkdir()
     origins: dict[str, str] = {}
     written: dict[str, Path] = {}
     for name, found, seen, files, on_disk in (
@@ -169,6 +178,11 @@ def prepare(inputs: Inputs, looked: Looked, tree: Tree, work: Path) -> Prepared:
         prompts = work / f"prompts{PurePosixPath(name).suffix}"
         prompts.write_text(text, encoding="utf-8")
         owned["sample_prompts"] = str(prompts)
+    if taken is not None:
+        outbox.place(taken.loras, output)
+        owned["resume"] = str(taken.folder)
+        if plan.sd_scripts is not None:
+            owned["skip_until_initial_step"] = True
     merged = config.own(plan.merged, owned)
     if "output_name" not in merged.settings:
         merged = config.own(merged, {"output_name": "lora"})
@@ -176,7 +190,9 @@ def prepare(inputs: Inputs, looked: Looked, tree: Tree, work: Path) -> Prepared:
         say(f"prepare: {note}")
     config_file = work / "config.toml"
     config_file.write_text(config.dump(merged.values), encoding="utf-8")
-    return Prepared(plan, merged, config_file, output, work / "trainer.log", origins, written)
+    return Prepared(
+        plan, merged, config_file, output, unasked, logs, taken, work / "trainer.log", origins, written
+    )
 
 
 def train(prepared: Prepared) -> trainer.Ended:
@@ -184,8 +200,12 @@ def train(prepared: Prepared) -> trainer.Ended:
     plan, config_file = prepared.plan, prepared.config_file
     temporary = prepared.log.with_name("tmp")  # where workers and compilers leave things
     temporary.mkdir()
-    every = str(plan.request.state_every_minutes)
-    environment = {"TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1", states.VARIABLE: every}
+    environment = {
+        "TMPDIR": str(temporary),
+        "HF_HUB_OFFLINE": "1",
+        VARIABLE: str(plan.request.state_every_minutes),
+        FOLDER: str(prepared.states),
+    }
     if plan.sd_scripts is None:
         command = [sys.executable, "-m", "kohya.builtin", plan.kind, f"--config_file={config_file}"]
     else:
@@ -193,7 +213,7 @@ def train(prepared: Prepared) -> trainer.Ended:
         environment |= plan.sd_scripts.environment()
     if plan.compat is not None:
         environment |= plan.compat.environment()
-    return trainer.run(command, environment, prepared.log)
+    return trainer.run(command, environment, prepared.log, 60 * plan.request.stall_minutes)
 
 
 def verify(prepared: Prepared, ended: trainer.Ended) -> list[Lora]:
@@ -210,7 +230,7 @@ def verify(prepared: Prepared, ended: trainer.Ended) -> list[Lora]:
     return [_verified(path, prepared) for path in sorted(prepared.output.glob("*.safetensors"))]
 
 
-def finish(job: Job, error: BaseException | None, storage: Storage) -> int:
+def finish(job: Job, error: BaseException | None, keeper: Keeper | None, sent: Outbox) -> int:
     """Publish whatever there is, tell how the job ended, and return the exit code."""
     exit_code, cause = _told(error)
     if exit_code not in (0, Stopped.exit_code):
@@ -219,7 +239,7 @@ def finish(job: Job, error: BaseException | None, storage: Storage) -> int:
         job.loras = _good_ones(job.prepared)
     try:
         with job.stage("publish"):
-            publish.results(job, storage)
+            _publish(job, keeper, sent)
     except Exception as fault:  # whatever it is, the job must still tell how it ended
         unpublished = f"The results could not all be published: {fault}"
         if kept := [lora.path.name for lora in job.loras if (job.tree.model / lora.path.name).exists()]:
@@ -230,20 +250,35 @@ def finish(job: Job, error: BaseException | None, storage: Storage) -> int:
         else:
             warn(unpublished)
     try:
-        publish.record(job, exit_code, cause, storage)
+        if error is None and keeper is not None:
+            for files, location in keeper.finish():
+                sent.send(files, location)
+        publish.record(job, exit_code, cause, sent)
     except Exception as fault:
-        warn(f"job.json could not be published: {fault}")
-    if isinstance(error, Unfit):
+        warn(f"what is told of the job could not be published: {fault}")
+    _tell(job, error, cause)
+    return exit_code
+
+
+def _publish(job: Job, keeper: Keeper | None, sent: Outbox) -> None:
+    if keeper is not None:
+        keeper.sweep(ended=True)
+    sent.wait()
+    publish.results(job, sent, keeper.left() if keeper is not None else ())
+
+
+def _tell(job: Job, error: BaseException | None, cause: str) -> None:
+    """The last lines. The last one of all is what the failure file says, if there is one."""
+    if isinstance(error, Unfit) and len(error.problems) > 1:
         for problem in error.problems:
             fail(str(problem))
-    elif isinstance(error, Stopped):
+    if isinstance(error, Stopped):
         say(cause)
     elif error is not None:
         fail(cause)
     else:
         names = ", ".join(lora.path.name for lora in job.loras)
         say(f"done in {sum(job.seconds.values()):.1f} s: {names} in {job.tree.model}")
-    return exit_code
 
 
 def _told(error: BaseException | None) -> tuple[int, str]:

@@ -27,9 +27,9 @@ class Progress:
         self._first: tuple[float, int] | None = None  # when this run's first step was done, and its number
         self._told = -SECONDS_BETWEEN_LINES
         self._nan_steps = 0
-        self._heard = clock()  # when the trainer was last heard of
+        self.heard = clock()  # when the trainer was last heard of, on `clock`
         self._patience = SILENCE_SECONDS
-        self._last_line = ""
+        self.last_line = ""
         self._step: int | None = None
 
     @property
@@ -76,27 +76,27 @@ class Progress:
 
     def listen(self) -> None:
         """Where nothing was heard for long, say so, and what is waited for."""
-        silent = self._clock() - self._heard
+        silent = self._clock() - self.heard
         if silent < self._patience:
             return
         self._patience *= 2
         awaited = f"step {self._step + 1}" if self._step is not None else "the first step"
-        last = f"; its last line was: {self._last_line}" if self._last_line else ""
+        last = f"; its last line was: {self.last_line}" if self.last_line else ""
         self._print(f"train: nothing from the trainer for {silent:.0f} s, waiting for {awaited}{last}")
 
     def write(self, text: str) -> None:
         """Print a line that is no record, above the progress bar if there is one."""
         self._hear()
-        self._last_line = text
+        self.last_line = text
         self._print(text)
 
     def redrawn(self, text: str) -> None:
         """Take note of a progress bar's line that is drawn over."""
         self._hear()
-        self._last_line = text or self._last_line
+        self.last_line = text or self.last_line
 
     def _hear(self) -> None:
-        self._heard, self._patience = self._clock(), SILENCE_SECONDS
+        self.heard, self._patience = self._clock(), SILENCE_SECONDS
 
     def _print(self, text: str) -> None:
         if self._bar is None:

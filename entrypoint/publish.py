@@ -1,60 +1,59 @@
 """What goes where: the results in SageMaker's folders, and in S3 or a path where the job asks for it."""
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from entrypoint.console import SECRET_OPTIONS, redact
 from entrypoint.failures import JobError
 from entrypoint.inputs import PLACED
+from entrypoint.outbox import Batch, Outbox
 from entrypoint.record import Job
-from entrypoint.request import Location
-from entrypoint.storage import Storage
 from kohya import config
 
 
-def results(job: Job, storage: Storage) -> None:
-    """LoRAs, states, the merged configuration, samples and event logs, each where its reader expects it.
+def results(job: Job, outbox: Outbox, more: Iterable[Batch] = ()) -> None:
+    """LoRAs, the merged configuration, samples and `more`, each where its reader expects it.
 
-    The configuration is written so that the job can be run again from it: without the job's own paths,
-    and without secrets. A job that ended before it was prepared has nothing to publish.
+    What is there already stays as it is. The configuration is written so that the job can be run again from
+    it: without the job's own paths, and without secrets. A job that ended before it was prepared has nothing
+    to publish. Everything is tried; raises JobError with all that could not be published.
     """
     if job.prepared is None or job.request is None:
         return
+    faults: list[str] = []
+    with _noted(faults):
+        for files, location in _results(job):
+            with _noted(faults):
+                outbox.send(files, location)
+        for files, location in more:
+            with _noted(faults):
+                outbox.send(files, location)
+    if faults:
+        raise JobError(" ".join(dict.fromkeys(faults)))
+
+
+def _results(job: Job) -> Iterator[Batch]:
+    assert job.prepared is not None
+    assert job.request is not None
     prepared, request = job.prepared, job.request
     values = {**prepared.plan.merged.values, "output_name": prepared.output_name}
     not_again = config.OWNED | PLACED | SECRET_OPTIONS | {"resume", "skip_until_initial_step"}
     again = {name: value for name, value in values.items() if name not in not_again}
-    kept = job.work / f"{prepared.output_name}.toml"
     loras = {lora.path.name: lora.path for lora in job.loras}
-    faults: list[str] = []
-    with _noted(faults):
-        place(loras, job.tree.model)
-    with _noted(faults):
-        if request.output is not None:
-            send(loras, request.output, storage)
-    with _noted(faults):
-        for state in prepared.output.glob("*-state"):
-            shutil.copytree(state, job.tree.checkpoints / state.name, dirs_exist_ok=True)
-    with _noted(faults):
-        kept.write_text(redact(config.dump(again)), encoding="utf-8")
-        place({kept.name: kept}, job.tree.model)
-        if request.output is not None and not request.flat:
-            send({kept.name: kept}, request.output, storage)
     samples = {f"sample/{path.name}": path for path in sorted((prepared.output / "sample").glob("*"))}
     samples |= {f"captions/{name}": path for name, path in prepared.captions.items()}
-    with _noted(faults):
-        place(samples, job.tree.data)
-    with _noted(faults):
-        if request.output is not None and not request.flat:
-            send(samples, request.output, storage)
-    with _noted(faults):
-        if request.logs is not None:
-            send(event_logs(job.tree.tensorboard, job.started, flat=request.flat), request.logs, storage)
-    if faults:
-        raise JobError(" ".join(faults))
+    yield loras, job.tree.model
+    if request.output is not None:
+        yield loras, request.output
+    yield samples, job.tree.data
+    if request.output is not None and not request.flat:
+        yield samples, request.output
+    kept = job.work / f"{prepared.output_name}.toml"
+    kept.write_text(redact(config.dump(again)), encoding="utf-8")
+    yield {kept.name: kept}, job.tree.model
+    if request.output is not None and not request.flat:
+        yield {kept.name: kept}, request.output
 
 
 @contextmanager
@@ -66,41 +65,11 @@ def _noted(faults: list[str]) -> Iterator[None]:
         faults.append(f"{str(fault).rstrip('.')}.")
 
 
-def record(job: Job, exit_code: int, cause: str, storage: Storage) -> None:
+def record(job: Job, exit_code: int, cause: str, outbox: Outbox) -> None:
     """job.json, the last of all, beside the LoRA."""
     file = job.work / "job.json"
     told = json.dumps(job.as_json(exit_code, cause), indent=2, ensure_ascii=False)
     file.write_text(redact(told) + "\n", encoding="utf-8", errors="backslashreplace")
-    place({file.name: file}, job.tree.model)
+    outbox.send({file.name: file}, job.tree.model)
     if job.request is not None and job.request.output is not None and not job.request.flat:
-        send({file.name: file}, job.request.output, storage)
-
-
-def place(files: Mapping[str, Path], folder: Path) -> None:
-    """Copy files into `folder` under the given names, each whole before it has its name."""
-    for name, source in files.items():
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")
-        shutil.copyfile(source, part)
-        part.replace(target)
-
-
-def send(files: Mapping[str, Path], location: Location, storage: Storage) -> None:
-    """Copy files under the given names to a folder or an S3 prefix. Nothing there is ever deleted."""
-    if isinstance(location, Path):
-        place(files, location)
-    elif files:
-        storage.upload({source: location / name for name, source in files.items()})
-
-
-def event_logs(folder: Path, since: float, *, flat: bool) -> dict[str, Path]:
-    """The event logs under `folder` written since a time (seconds of the epoch), by the name to publish.
-
-    `flat`: ESD's page reads one file a job, and no folders. accelerate writes a second file, of the
-    hyperparameters, in a folder below the first one; the loss is in the first one.
-    """
-    found = [path for path in sorted(folder.rglob("events.out.tfevents.*")) if path.stat().st_mtime >= since]
-    if flat:
-        return {path.name: path for path in found if path.parent.name == "network_train"}
-    return {path.relative_to(folder).as_posix(): path for path in found}
+        outbox.send({file.name: file}, job.request.output)

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from entrypoint import __version__, contract
+from entrypoint import __version__, contract, stops
 from entrypoint.check import Plan
 from entrypoint.checkpoint import Lora
 from entrypoint.contract import Tree
@@ -18,6 +18,7 @@ from entrypoint.facts import Facts
 from entrypoint.failures import Stopped
 from entrypoint.pictures import Seen
 from entrypoint.request import JobRequest
+from entrypoint.states import Taken
 from entrypoint.storage import Fetched
 from kohya.config import Merged
 
@@ -54,6 +55,9 @@ class Prepared:
     merged: Merged
     config_file: Path
     output: Path  # scratch, never SageMaker's model folder: what is half written is not published
+    states: Path  # where the trainer saves states unasked
+    logs: Path  # and its event log
+    taken: Taken | None  # the state that it goes on from
     log: Path
     origins: Mapping[str, str]  # of the files in the trainer's tree: the path or URI that the user gave
     captions: Mapping[str, Path]  # those that the tagger wrote, by path below the data set's root
@@ -71,6 +75,7 @@ class Job:
     work: Path  # this job's own scratch
     started: float = field(default_factory=time.time)  # seconds of the epoch
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
+    stop_seconds: dict[str, float] = field(default_factory=dict)  # of these, after a stop came
     request: JobRequest | None = None
     plan: Plan | None = None
     inputs: Inputs | None = None
@@ -85,7 +90,10 @@ class Job:
         try:
             yield
         finally:
-            self.seconds[name] = round(time.monotonic() - begun, 2)
+            ended = time.monotonic()
+            self.seconds[name] = round(ended - begun, 2)
+            if (stopped := stops.since()) is not None:
+                self.stop_seconds[name] = round(ended - max(begun, stopped), 2)
 
     def as_json(self, exit_code: int, cause: str) -> dict[str, Any]:
         """The content of job.json: what came of what, with what, and how long each stage took."""
@@ -113,6 +121,8 @@ class Job:
             for lora in self.loras
         ]
         told["seconds"] = self.seconds
+        if self.stop_seconds:
+            told["stop_seconds"] = self.stop_seconds
         scripts = self.plan.sd_scripts if self.plan else None
         found = scripts.versions(_LIBRARIES) if scripts else _versions()
         told["versions"] = {"python": platform.python_version(), "sagemaker-kohya": __version__, **found}

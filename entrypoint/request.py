@@ -32,13 +32,14 @@ _Choice = TypeVar("_Choice", bound=str)
 ESD_TAGGER = "enable_wd14_tagger"  # ESD's flag, in its parameters and, left by its WebUI, in the TOML
 _SMALL = 1 << 20  # bytes; larger than any parameter JSON or TOML that a person writes
 _REQUIRED = ("model", "dataset")
-_URIS = (*(f"{channel}_uri" for channel in CHANNELS), "output_uri", "logs_uri")
+_OUTPUTS = ("output_uri", "logs_uri", "checkpoint_uri")
+_URIS = (*(f"{channel}_uri" for channel in CHANNELS), *_OUTPUTS)
 _THRESHOLDS = {"caption_general_threshold": "general", "caption_character_threshold": "character"}
 _RESIZE = (64, 4096)  # pixels: the latents of less are no picture, and no LoRA is trained on more
 _OPTIONS = frozenset({*config.options(), *config.ALIASES})
 _JOB = (
     "kind", "trainer", "allow_missing_captions", "caption", *_THRESHOLDS, "resize", "resize_crop",
-    "state_every_minutes", "s3_location", *_URIS,
+    "state_every_minutes", "stall_minutes", "s3_location", *_URIS,
 )  # fmt: skip
 
 
@@ -79,12 +80,14 @@ class JobRequest:
     tagger: Source | None
     output: Location | None  # besides SageMaker's folders
     logs: Location | None
+    checkpoints: Location | None  # states, which a job that is started again goes on from
     flat: bool  # ESD reads `output` and `logs`: nothing but flat LoRAs, and one flat event file
     allow_missing_captions: bool
     caption: Captioning | None  # None: pictures without a caption get none
     resize: int | None  # pixels, to which a picture's shorter side is brought down
     resize_crop: bool  # and the picture to a square
     state_every_minutes: float  # 0: a state is saved only when the job is stopped
+    stall_minutes: float  # after which a trainer that hangs is ended; 0: never
     layers: tuple[tuple[Setting, ...], ...]  # sd-scripts options above the TOML: hyperparameters, flags
     problems: tuple[Problem, ...]  # told together with those that `check` finds
 
@@ -152,12 +155,14 @@ def resolve(arguments: Sequence[str], tree: Tree, storage: Reader) -> JobRequest
         tagger=tagger,
         output=places.output,
         logs=places.logs,
+        checkpoints=places.checkpoints,
         flat=places.flat,
         allow_missing_captions=allow_missing == "true",
         caption=_captioning(asked, places.caption, problems),
         resize=_pixels(asked.get("resize"), problems),
         resize_crop=_crop(asked, problems),
         state_every_minutes=_minutes(asked.get("state_every_minutes"), 5, problems),
+        stall_minutes=_minutes(asked.get("stall_minutes"), 30, problems),
         layers=tuple(
             tuple(one for one in named if one.name in _OPTIONS and one.where.startswith(origin))
             for origin in ("hyperparameter", "flag")
@@ -177,6 +182,7 @@ class _Places:
     output: Location | None
     logs: Location | None
     flat: bool
+    checkpoints: Location | None = None
     vae: Source | None = None
     reg: Source | None = None
     weights: Source | None = None
@@ -184,7 +190,7 @@ class _Places:
 
 
 def _from_uris(asked: Mapping[str, Setting], channels: Mapping[str, Channel]) -> _Places:
-    """Inputs from channels and `<channel>_uri`, outputs from `output_uri` and `logs_uri`. Raises Unfit."""
+    """Inputs from channels and `<channel>_uri`, outputs from _OUTPUTS. Raises Unfit."""
     problems: list[Problem] = []
     sources: dict[str, Source] = {}
     outputs: dict[str, Location] = {}
@@ -197,7 +203,7 @@ def _from_uris(asked: Mapping[str, Setting], channels: Mapping[str, Channel]) ->
             wrong = f"there is neither a channel {name} nor a hyperparameter {name}_uri"
             fix = f"Add a channel named {name}, or type --{name}_uri=s3://BUCKET/{name}"
             problems.append(Problem(name, wrong, fix))
-    for name in ("output_uri", "logs_uri"):
+    for name in _OUTPUTS:
         if name in asked:
             with collecting(problems):
                 outputs[name] = _location(asked[name])
@@ -210,6 +216,7 @@ def _from_uris(asked: Mapping[str, Setting], channels: Mapping[str, Channel]) ->
         config=sources.get("config"),
         output=outputs.get("output_uri"),
         logs=outputs.get("logs_uri"),
+        checkpoints=outputs.get("checkpoint_uri"),
         flat=False,
         vae=sources.get("vae"),
         reg=sources.get("reg"),

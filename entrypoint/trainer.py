@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,9 +20,9 @@ from entrypoint import stops
 from entrypoint.console import redact, say
 from entrypoint.diagnosis import diagnose
 from entrypoint.progress import Progress
+from entrypoint.stall import Stall
 from kohya import metrics
 
-STOP_SECONDS = 75  # of the 120 that SageMaker gives: the rest is for publishing
 _TAIL_LINES = 100  # a launcher of several processes reports at length on their end
 _PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
@@ -35,12 +36,12 @@ class Ended:
     cause: str | None = None
 
 
-def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Ended:
+def run(command: Sequence[str], environment: Mapping[str, str], log: Path, stall_seconds: float) -> Ended:
     """Run `command` to its end; print its lines and its steps, and keep its lines in `log`.
 
-    On a stop the trainer gets SIGTERM and STOP_SECONDS to save a state, and then Stopped is raised. Its
-    loader workers get none: without them it could not end its step. At the end every process that came of it
-    is killed, in whatever session it is.
+    On a stop the trainer gets SIGTERM and stops.TRAINER seconds to save a state, and then Stopped is raised.
+    Its loader workers get none: without them it could not end its step. A trainer that hangs for
+    `stall_seconds` is killed. At the end every process that came of it is killed, in whatever session it is.
     """
     pipe = log.with_name("metrics")
     os.mkfifo(pipe)
@@ -66,7 +67,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> En
         try:
             for listener in listeners:
                 listener.start()
-            _wait(child, progress, stop)
+            hang = _wait(child, progress, stop, Stall(stall_seconds, lambda: _processes(pipe)))
         finally:
             child.kill()
             child.wait()
@@ -75,25 +76,35 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> En
             for listener in listeners:
                 listener.join(timeout=10)
             progress.close()
-    cause = progress.alarm or (diagnose(child.returncode, tail) if child.returncode else None)
+    cause = progress.alarm or hang or (diagnose(child.returncode, tail) if child.returncode else None)
     return Ended(child.returncode, tuple(tail), cause)
 
 
-def _wait(child: "subprocess.Popen[bytes]", progress: Progress, stop: threading.Event) -> None:
-    """Wait for the end, and say now and then that nothing else is heard; on a stop pass it on."""
+def _wait(
+    child: "subprocess.Popen[bytes]", progress: Progress, stop: threading.Event, stall: Stall
+) -> str | None:
+    """Wait for the end, and say now and then that nothing else is heard; on a stop pass it on.
+
+    Returns the cause where the trainer hangs.
+    """
     while not stop.is_set():
-        try:
+        with suppress(subprocess.TimeoutExpired):
             child.wait(0.5)
-            return
-        except subprocess.TimeoutExpired:
-            progress.listen()
-    say(f"train: asked the trainer to stop; it has {STOP_SECONDS} s to save a state")
+            return None
+        progress.listen()
+        if stall.hangs(progress.heard):
+            return stall.cause(progress.last_line)
+    say(f"train: asked the trainer to stop; it has {stops.TRAINER:.0f} s to save a state")
     with suppress(ProcessLookupError):
         os.kill(progress.pid or child.pid, signal.SIGTERM)
-    try:
-        child.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        say("train: the trainer did not stop and is killed")
+    end = time.monotonic() + stops.TRAINER
+    while child.poll() is None:
+        if stops.hurried() or time.monotonic() > end:
+            say(f"train: the trainer {'is hurried' if stops.hurried() else 'did not stop'}, and is killed")
+            return None
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(0.1)
+    return None
 
 
 def _adopt_orphans() -> None:
@@ -103,16 +114,21 @@ def _adopt_orphans() -> None:
 
 
 def _kill_what_is_left(pipe: Path) -> None:
-    """Kill all that came of the trainer: it has the pipe's name in its environment, in whatever session.
+    """Kill all that came of the trainer.
 
     A launcher's processes have sessions of their own, and those of other programs are not to be touched.
     """
     for _ in range(3):  # the children of one that is killed become this process's, and are reaped in turn
-        left = [one for one in psutil.Process().children(recursive=True) if _pipe_of(one) == str(pipe)]
+        left = _processes(pipe)
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(left, timeout=5)
+
+
+def _processes(pipe: Path) -> list[psutil.Process]:
+    """All that came of the trainer: it has the pipe's name in its environment, in whatever session."""
+    return [one for one in psutil.Process().children(recursive=True) if _pipe_of(one) == str(pipe)]
 
 
 def _pipe_of(process: psutil.Process) -> str | None:

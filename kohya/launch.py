@@ -29,15 +29,15 @@ import runpy
 import shutil
 import signal
 import sys
+import time
 import tomllib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kohya import metrics
+from kohya import metrics, states
 from kohya.resume import DataOrder, Done
-from kohya.states import Timer
 
 _STEPS = re.compile(r"total optimization steps.*: (\d+)")
 _EPOCHS = re.compile(r"num epochs.*: (\d+)")
@@ -55,7 +55,7 @@ class Watch:
         self.stopping = False
         self.accelerator: Any = None
         self._values = values
-        self._timer = Timer()
+        self._timer = states.Timer()
         self._writer = metrics.Writer()
         self._facts: dict[str, int] = {}
         self._epoch = 0
@@ -69,6 +69,7 @@ class Watch:
         self._trained = False  # whether any batch was, since a state was loaded
         self._order = DataOrder()
         self._done = Done(0)
+        self._flushed = time.monotonic()
 
     @property
     def resumed(self) -> bool:
@@ -137,6 +138,9 @@ class Watch:
                 self._network = model
         if self.accelerator.is_main_process:
             self._order.save(Path(folder), self._loader)
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    states.note_log(Path(folder), tracker.writer)
 
     def on_saved(self, folder: str) -> None:
         """A state is saved. sd-scripts counts one step more than there are where it has made none."""
@@ -175,10 +179,13 @@ class Watch:
             return {name: value for name, value in values.items() if name not in averages}
         return {**values, **dict.fromkeys(averages, sum(self._recent) / len(self._recent))}
 
-    def on_log(self, values: Mapping[str, Any], step: int) -> None:
+    def on_log(self, values: Mapping[str, Any], step: int, writer: Any) -> None:
         """The values of a batch, in the first process; with those that end an optimizer step its record."""
         if "loss/current" not in values:
             return
+        if time.monotonic() - self._flushed > states.FLUSH_SECONDS:
+            self._flushed = time.monotonic()
+            writer.flush()
         self._losses.append(float(values["loss/current"]))
         if not self.accelerator.sync_gradients:
             return
@@ -208,23 +215,32 @@ class Watch:
         return bool(self.accelerator.check_trigger())
 
     def _save(self, step: int) -> None:
-        """A state, whole before it has its name."""
-        name = self._values["output_name"]
-        folder = Path(self._values["output_dir"], f"{name}-step{step:08d}-state")
-        if folder.exists():  # sd-scripts has just saved it: save_state
+        """A state, whole before it has its name. On one device training goes on without one that fails."""
+        name = f"{self._values['output_name']}-step{step:08d}-state"
+        if Path(self._values["output_dir"], name).exists():  # sd-scripts has just saved it: save_state
             return
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
-        if self.accelerator.is_main_process:
-            self._save_lora(partial / f"{name}.safetensors", step)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            partial.rename(folder)
-            print(f"the state after step {step} is {folder}", flush=True)
-            self._timer.saved(folder)
+        folder = states.folder(self._values["output_dir"]) / name
+        partial = folder.with_name(f".{name}.partial")
+        try:
+            self._write_state(partial, step)
+            if self.accelerator.is_main_process:
+                partial.rename(folder)
+                print(f"the state after step {step} is {folder}", flush=True)
+                self._timer.saved(folder)
+        except Exception as error:  # of a full disk torch, safetensors and Python tell in ways of their own
+            if self.accelerator.num_processes > 1:  # the others wait for this one
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
+            print(f"the state after step {step} could not be saved: {error}", flush=True)
         self._timer.restart()
+
+    def _write_state(self, folder: Path, step: int) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(folder))
+        if self.accelerator.is_main_process:
+            self._save_lora(folder / f"{self._values['output_name']}.safetensors", step)
+        self.accelerator.wait_for_everyone()
 
     def _save_lora(self, file: Path, step: int) -> None:
         """The LoRA so far, in the precision of those that sd-scripts saves."""
@@ -291,7 +307,7 @@ def hook(watch: Watch) -> None:
     def log(self: Any, values: Any, step: Any = None, **named: Any) -> None:
         values = watch.mend(values)
         logged(self, values, step, **named)
-        watch.on_log(values, step)
+        watch.on_log(values, step, self.writer)
 
     Accelerator.__init__, Accelerator.print, Accelerator.prepare = make, tell, prepare
     Accelerator.skip_first_batches, Accelerator.register_load_state_pre_hook = skip, register

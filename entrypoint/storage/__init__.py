@@ -44,7 +44,16 @@ from entrypoint.storage.objects import (
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
-__all__ = ["FETCH_FOLDER", "Fetched", "RemoteObject", "S3Uri", "Storage", "content_type", "safe_relative"]
+__all__ = [
+    "FETCH_FOLDER",
+    "Fetched",
+    "RemoteObject",
+    "S3Uri",
+    "Storage",
+    "content_type",
+    "safe_relative",
+    "unsafe",
+]
 
 
 class Storage:

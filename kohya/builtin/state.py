@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError  # type: ignore[attr-defined]
 from safetensors.torch import load_file, save_file
+from torch.utils.tensorboard import SummaryWriter
 
+from kohya import states
 from kohya.builtin import BuiltinError
 
 _PARTS = ("optimizer", "scheduler", "random_states")
@@ -63,18 +65,42 @@ class Position:
         return self.total / len(self.losses) if self.losses else 0.0
 
 
-def save(folder: Path, at: Position, tensors: Mapping[str, torch.Tensor], parts: Mapping[str, Any]) -> None:
-    """Write a state to `folder`. `parts`: the state dictionaries of optimizer and scheduler."""
+def save(
+    folder: Path,
+    at: Position,
+    tensors: Mapping[str, torch.Tensor],
+    parts: Mapping[str, Any],
+    events: SummaryWriter | None,
+) -> None:
+    """Write a state to `folder`. `parts`: the state dictionaries of optimizer and scheduler.
+
+    A state that cannot be written leaves nothing behind, and raises what the disk, torch or safetensors says.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(partial, at, tensors, parts, events)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(
+    partial: Path,
+    at: Position,
+    tensors: Mapping[str, torch.Tensor],
+    parts: Mapping[str, Any],
+    events: SummaryWriter | None,
+) -> None:
     partial.mkdir(parents=True)
     save_file({key: value.cpu() for key, value in tensors.items()}, partial / "model.safetensors")
     for name, part in {**parts, "random_states": _generators()}.items():
         torch.save(part, partial / f"{name}.bin")
     (partial / "train_state.json").write_text(json.dumps({"format": 1, **asdict(at)}))
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    if events is not None:
+        states.note_log(partial, events)
 
 
 def load(folder: Path) -> tuple[Position, dict[str, torch.Tensor], dict[str, Any]]:

@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from safetensors import SafetensorError  # type: ignore[attr-defined]
 from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
 
-from kohya import metrics
+from kohya import metrics, states
 from kohya.builtin import BuiltinError, metadata, state
 from kohya.builtin.dataset import Dataset, Picture, batches, cache_latents, latents, open_dataset
 from kohya.builtin.lora import LoRA
 from kohya.builtin.model import VAE_SCALE, BaseModel, encode, load_base_model
 from kohya.builtin.options import Options
 from kohya.config import Kind
-from kohya.states import Timer
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
 OutOfMemoryError = torch.OutOfMemoryError
@@ -140,9 +140,12 @@ class _Run:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _schedule(options, self.steps))
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.noise = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False)  # :212-214
-        self.metrics, self.timer = metrics.Writer(), Timer()
+        self.metrics, self.timer = metrics.Writer(), states.Timer()
         logs = Path(options.logging_dir or "", f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}")
-        self.events = SummaryWriter(str(logs / "network_train")) if options.logging_dir else None
+        flush = int(states.FLUSH_SECONDS)
+        self.events = (
+            SummaryWriter(str(logs / "network_train"), flush_secs=flush) if options.logging_dir else None
+        )
         self.at = state.Position(fingerprint=self._fingerprint())
 
     def resume(self, at: state.Position, tensors: dict[str, torch.Tensor], parts: dict[str, Any]) -> None:
@@ -294,11 +297,10 @@ class _Run:
         stopping = stop.asked and at.current_step < self.steps
         if saving:
             self._save_lora(name, at.current_epoch - 1)
-        asked = saving and options.save_state
-        if asked or stopping or self.timer.due:
-            folder = self._save_state(f"{name}-state")
-            if not asked:
-                self.timer.saved(folder)
+        if saving and options.save_state:
+            self._save_state(f"{name}-state")
+        elif stopping or self.timer.due:
+            self._save_unasked(f"{name}-state")
         if stopping:
             _say(f"stopped after step {at.current_step}/{self.steps}")
             raise SystemExit(143)
@@ -311,13 +313,23 @@ class _Run:
         self.lora.save(path, self.metadata | of_file, _DTYPES[precision] if precision else None)
         return path
 
-    def _save_state(self, name: str) -> Path:
-        folder = Path(self.options.output_dir, name)
-        _say(f"saving state {folder.name}")
+    def _save_unasked(self, name: str) -> None:
+        """A state that nobody asked for. Without it training goes on: its disk may be full."""
+        folder = states.folder(self.options.output_dir) / name
+        try:
+            self._save_state(name, folder)
+            self.timer.saved(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch's, of a full disk
+            _say(f"the state {name} could not be saved: {error}")
+            self.timer.restart()
+
+    def _save_state(self, name: str, folder: Path | None = None) -> None:
+        _say(f"saving state {name}")
         optimizer = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         schedule = {key: value for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"}
-        state.save(folder, self.at, self.lora.state_dict(), {"optimizer": optimizer, "scheduler": schedule})
-        return folder
+        parts = {"optimizer": optimizer, "scheduler": schedule}
+        folder = folder or Path(self.options.output_dir, name)
+        state.save(folder, self.at, self.lora.state_dict(), parts, self.events)
 
     def _fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share with the one that it goes on from."""

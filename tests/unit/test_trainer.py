@@ -16,8 +16,8 @@ from entrypoint import stops, trainer
 from entrypoint.failures import Stopped
 
 
-def run(code: str, tmp_path: Path) -> trainer.Ended:
-    return trainer.run([sys.executable, "-c", code], {"GREETING": "hello"}, tmp_path / "log")
+def run(code: str, tmp_path: Path, stall_seconds: float = 0) -> trainer.Ended:
+    return trainer.run([sys.executable, "-c", code], {"GREETING": "hello"}, tmp_path / "log", stall_seconds)
 
 
 def test_lines_steps_and_exit_code_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,6 +125,39 @@ time.sleep(600)
     assert gone(int((tmp_path / "saved").read_text()))
 
 
+def test_a_second_stop_does_not_wait_for_the_trainer(tmp_path: Path) -> None:
+    code = f"""
+import signal, time
+signal.signal(signal.SIGTERM, lambda *_: open({str(tmp_path / "asked")!r}, "w"))
+open({str(tmp_path / "ready")!r}, "w")
+while True:
+    time.sleep(1)
+"""
+
+    def stop_twice() -> None:
+        for file in ("ready", "asked"):
+            while not (tmp_path / file).exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_twice).start()
+    begun = time.monotonic()
+    with stopping(), pytest.raises(Stopped):
+        run(code, tmp_path)
+    assert time.monotonic() - begun < stops.TRAINER / 2
+    assert stops.seconds_left() <= stops.HURRIED
+
+
+def test_a_trainer_that_hangs_is_ended_and_one_that_computes_is_not(tmp_path: Path) -> None:
+    ended = run("import time; print('loading'); time.sleep(600)", tmp_path, stall_seconds=2)
+    assert ended.cause is not None
+    assert ended.cause.startswith("The trainer hung: for 0.0333333 minutes it printed nothing")
+    assert "Its last line was: loading." in ended.cause
+    (tmp_path / "metrics").unlink()
+    busy = "import time; end = time.process_time() + 4\nwhile time.process_time() < end: pass"
+    assert run(busy, tmp_path, stall_seconds=2) == trainer.Ended(0, ())
+
+
 def test_a_stop_while_the_trainer_is_being_started_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +171,7 @@ def test_a_stop_while_the_trainer_is_being_started_leaves_nothing_behind(
 
     monkeypatch.setattr(subprocess, "Popen", Slow)
     with stopping(), pytest.raises(Stopped):
-        trainer.run(["sleep", "600"], {}, tmp_path / "log")
+        trainer.run(["sleep", "600"], {}, tmp_path / "log", 0)
     monkeypatch.undo()
     assert gone(started[0])
 

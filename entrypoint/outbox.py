@@ -1,0 +1,101 @@
+"""Files on their way to where a job's results are asked for: a folder, or an S3 prefix.
+
+While the job trains they go in the background, and at its end the rest goes. What is there already, and has
+not changed since, is not sent again. Nothing that lies there is ever deleted.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from entrypoint import stops
+from entrypoint.console import warn
+from entrypoint.failures import JobError
+from entrypoint.request import Location
+from entrypoint.storage import Storage
+
+Batch = tuple[Mapping[str, Path], Location]  # files by the names that they get there
+
+
+class Outbox:
+    """One job's."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._sent: dict[str, tuple[int, int]] = {}  # where to → size and time of what was sent there
+        self._thread = ThreadPoolExecutor(1, "publish")
+        self._running: Future[None] | None = None
+        self._told: set[str] = set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether what was begun is still on its way."""
+        return self._running is not None and not self._running.done()
+
+    def begin(self, batches: Sequence[Batch]) -> None:
+        """Send these in the background, one batch after the other. Only while it is not busy.
+
+        After a fault the rest stays where it is; the same fault is told once.
+        """
+        left = [(new, location) for files, location in batches if (new := self._new(files, location))]
+        if left:
+            self._running = self._thread.submit(self._all, left)
+
+    def wait(self) -> None:
+        """Wait for what was begun, as long as the job may go on; nothing can be begun after that."""
+        if self._running is not None:
+            left = stops.seconds_left()
+            while not wait([self._running], min(0.5, left)).done and left > 0:
+                left = stops.seconds_left()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def has(self, files: Mapping[str, Path], location: Location) -> bool:
+        """Whether these were sent, as they are now."""
+        return not self._new(files, location)
+
+    def send(self, files: Mapping[str, Path], location: Location) -> None:
+        """Send what is not there yet, now. Raises JobError and OSError."""
+        new = self._new(files, location)
+        if not new:
+            return
+        found = {name: _signature(path) for name, path in new.items()}
+        if isinstance(location, Path):
+            place(new, location)
+        else:
+            self._storage.upload({path: location / name for name, path in new.items()})
+        self._sent |= {_key(name, location): signature for name, signature in found.items()}
+
+    def _all(self, batches: Sequence[Batch]) -> None:
+        try:
+            for files, location in batches:
+                self.send(files, location)
+        except (JobError, OSError) as fault:
+            if str(fault) not in self._told:
+                warn(f"not published yet, and tried again: {fault}")
+            self._told.add(str(fault))
+
+    def _new(self, files: Mapping[str, Path], location: Location) -> dict[str, Path]:
+        sent = self._sent
+        return {
+            name: path for name, path in files.items() if sent.get(_key(name, location)) != _signature(path)
+        }
+
+
+def place(files: Mapping[str, Path], folder: Path) -> None:
+    """Copy files into `folder` under the given names, each whole before it has its name."""
+    for name, source in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.part")
+        shutil.copyfile(source, part)
+        part.replace(target)
+
+
+def _key(name: str, location: Location) -> str:
+    return str(location / name)
+
+
+def _signature(path: Path) -> tuple[int, int]:
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns

@@ -1,0 +1,145 @@
+"""A job that is broken off and started again goes on by itself, and loses nothing."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from entrypoint.storage import S3Uri
+from kohya.config import Kind
+from tests.contract.test_job import keys
+from tests.harness import TINY, Job, Result
+from tests.s3 import S3Server
+
+STEPS = 24
+ASKED = {**TINY, "max_train_epochs": "6", "seed": "1", "state_every_minutes": "0.0001"}
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, base_models: dict[Kind, Path], pictures: Path
+) -> dict[str, bytes]:
+    """The LoRAs of the job that nothing breaks off, by name."""
+    made = Job(tmp_path_factory.mktemp("uninterrupted"))
+    made.mount("model", base_models["sd15"])
+    made.mount("dataset", pictures)
+    made.configure("hyperparameters", ASKED)
+    result = made.run()
+    assert result.code == 0, result.out + result.err
+    made.end()
+    return loras(made)
+
+
+@pytest.fixture
+def ready(job: Job, base_models: dict[Kind, Path], pictures: Path) -> Job:
+    job.mount("model", base_models["sd15"])
+    job.mount("dataset", pictures)
+    job.configure("hyperparameters", ASKED)
+    return job
+
+
+def loras(job: Job) -> dict[str, bytes]:
+    """The numbers of each LoRA: its header tells of its session and its time."""
+    found = {}
+    for path in job.model.glob("*.safetensors"):
+        content = path.read_bytes()
+        found[path.name] = content[8 + int.from_bytes(content[:8], "little") :]
+    return found
+
+
+def steps(job: Job) -> list[int]:
+    """The steps in the one event log that there is."""
+    (log,) = job.events
+    events = EventAccumulator(str(log))
+    events.Reload()
+    return [event.step for event in events.Scalars("loss/current")]
+
+
+def kill(job: Job, text: str, *flags: str) -> Result:
+    """Run until a line holds `text`, and kill all of the job without notice."""
+    job.prefix = ("setsid",)
+    process = job.start(*flags)
+    assert process.stdout is not None
+    timer = threading.Timer(240, process.kill)
+    timer.start()
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if text in line:
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+    rest, err = process.communicate()
+    timer.cancel()
+    job.prefix = ()
+    return Result(process.returncode, "".join(seen) + rest, err)
+
+
+def test_a_job_that_is_stopped_and_killed_ends_as_if_it_was_not(
+    ready: Job, uninterrupted: dict[str, bytes]
+) -> None:
+    assert ready.run_until("epoch=2/6", signal.SIGTERM).code == 143
+    assert kill(ready, "epoch=4/6").code == -signal.SIGKILL
+    for path in ready.model.iterdir():  # of a new machine, where only the checkpoints are put back
+        path.unlink()
+    result = ready.run()
+    assert result.code == 0, result.out + result.err
+    assert "fetch: going on after step" in result.out
+    assert loras(ready) == uninterrupted
+    assert steps(ready) == list(range(1, STEPS + 1))
+    left = sorted(
+        path.relative_to(ready.tree / "checkpoints").parts for path in ready.tree.glob("checkpoints/*/*")
+    )
+    assert {name for _, name in left} == {"state.json"}  # nothing goes on from a job that is done
+    again = ready.run()
+    assert again.code == 0
+    assert "going on" not in again.out
+
+
+def test_a_job_goes_on_on_another_machine(
+    ready: Job, s3: S3Server, bucket: S3Uri, uninterrupted: dict[str, bytes]
+) -> None:
+    """With checkpoint_uri nothing of the first machine is needed."""
+    ready.environment |= s3.environment
+    flags = (f"--checkpoint_uri={bucket / 'states'}", f"--logs_uri={bucket / 'logs'}")
+    assert ready.run_until("epoch=3/6", signal.SIGTERM, *flags).code == 143
+    there = keys(s3, bucket / "states")
+    assert "loras/shape-000001.safetensors" in there
+    for name in ("checkpoints", "model", "output"):
+        (ready.tree / name).rename(ready.tree / f"other-{name}")
+    result = ready.run(*flags)
+    assert result.code == 0, result.out + result.err
+    assert "fetch: going on after step" in result.out
+    assert loras(ready) == uninterrupted
+    assert steps(ready) == list(range(1, STEPS + 1))
+    assert len(keys(s3, bucket / "logs")) == 1
+    manifests = [key for key in keys(s3, bucket / "states") if key.endswith("state.json")]
+    for key in manifests:
+        body = s3.client().get_object(Bucket=bucket.bucket, Key=f"states/{key}")["Body"].read()
+        assert json.loads(body)["finished"]
+
+
+def test_a_broken_state_is_passed_over_and_another_runs_is_refused(ready: Job) -> None:
+    assert ready.run_until("epoch=3/6", signal.SIGTERM).code == 143
+    result = ready.run("--network_alpha=2", "--unet_lr=2e-3", "--seed=1")
+    assert result.code == 2
+    assert "network_alpha was 4 and is 2; unet_lr was 0.001 and is 0.002. Ask for the same" in result.err
+    manifests = {
+        path.parent: json.loads(path.read_text())["step"]
+        for path in ready.tree.glob("checkpoints/*/state.json")
+    }
+    newest = max(manifests, key=lambda folder: manifests[folder])
+    damaged = newest / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    result = ready.run()
+    assert result.code == 0, result.out + result.err
+    assert (
+        f"WARNING: {newest} is broken and passed over: model.safetensors is not what was written"
+        in result.err
+    )
+    assert steps(ready) == list(range(1, STEPS + 1))
