@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,38 +6,9 @@ import pytest
 
 from entrypoint.contract import Tree
 from entrypoint.failures import JobError
-from entrypoint.publish import event_logs, place, results
-
-
-def test_placing_replaces_whole_files_and_leaves_no_parts(tmp_path: Path) -> None:
-    source = tmp_path / "a"
-    source.write_text("new")
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "x.safetensors").write_text("old")
-    place({"x.safetensors": source, "deep/er/y": source}, folder)
-    made = {
-        path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()
-    }
-    assert made == {"x.safetensors": "new", "deep/er/y": "new"}
-
-
-def test_event_logs_of_this_run_alone_flat_where_esd_reads_them(tmp_path: Path) -> None:
-    def log(name: str, seconds: float) -> None:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        os.utime(path, (seconds, seconds))
-
-    log("before/network_train/events.out.tfevents.1.host", 100)
-    log("now/network_train/events.out.tfevents.2.host", 200)
-    log("now/network_train/1.5/events.out.tfevents.2.host.1", 200)
-    log("now/network_train/note.txt", 200)
-    assert list(event_logs(tmp_path, 150, flat=False)) == [
-        "now/network_train/1.5/events.out.tfevents.2.host.1",
-        "now/network_train/events.out.tfevents.2.host",
-    ]
-    assert list(event_logs(tmp_path, 150, flat=True)) == ["events.out.tfevents.2.host"]
+from entrypoint.outbox import Outbox
+from entrypoint.publish import results
+from entrypoint.storage import Storage
 
 
 def test_what_cannot_be_put_in_one_place_is_still_put_in_the_others(tmp_path: Path) -> None:
@@ -54,7 +24,6 @@ def test_what_cannot_be_put_in_one_place_is_still_put_in_the_others(tmp_path: Pa
     job: Any = SimpleNamespace(
         tree=tree,
         work=tmp_path,
-        started=0.0,
         loras=[SimpleNamespace(path=lora)],
         request=SimpleNamespace(output=output, logs=None, flat=False),
         prepared=SimpleNamespace(
@@ -65,7 +34,7 @@ def test_what_cannot_be_put_in_one_place_is_still_put_in_the_others(tmp_path: Pa
         ),
     )
     with pytest.raises(JobError, match="model"):
-        results(job, SimpleNamespace())  # type: ignore[arg-type]
+        results(job, Outbox(Storage()))
     assert (output / "cat.safetensors").read_text() == "a LoRA"
     for folder in (output, tree.data):
         assert (folder / "sample" / "cat_e000001_00.png").read_text() == "a picture"
@@ -83,7 +52,6 @@ def test_esd_is_sent_loras_and_neither_samples_nor_captions(tmp_path: Path) -> N
     job: Any = SimpleNamespace(
         tree=Tree(tmp_path / "ml"),
         work=tmp_path,
-        started=0.0,
         loras=[SimpleNamespace(path=lora)],
         request=SimpleNamespace(output=output, logs=None, flat=True),
         prepared=SimpleNamespace(
@@ -93,5 +61,5 @@ def test_esd_is_sent_loras_and_neither_samples_nor_captions(tmp_path: Path) -> N
             captions={"1_cat/a.txt": tmp_path / "a.txt"},
         ),
     )
-    results(job, SimpleNamespace())  # type: ignore[arg-type]
+    results(job, Outbox(Storage()))
     assert [path.name for path in output.iterdir()] == ["cat.safetensors"]
