@@ -116,7 +116,7 @@ def test_a_job_goes_on_on_another_machine(
     assert loras(ready) == uninterrupted
     assert steps(ready) == list(range(1, STEPS + 1))
     assert len(keys(s3, bucket / "logs")) == 1
-    manifests = [key for key in keys(s3, bucket / "states") if key.endswith("state.json")]
+    manifests = [key for key in keys(s3, bucket / "states") if key.endswith("/state.json")]
     for key in manifests:
         body = s3.client().get_object(Bucket=bucket.bucket, Key=f"states/{key}")["Body"].read()
         assert json.loads(body)["finished"]
@@ -126,7 +126,7 @@ def test_a_broken_state_is_passed_over_and_another_runs_is_refused(ready: Job) -
     assert ready.run_until("epoch=3/6", signal.SIGTERM).code == 143
     result = ready.run("--network_alpha=2", "--unet_lr=2e-3", "--seed=1")
     assert result.code == 2
-    assert "network_alpha was 4 and is 2; unet_lr was 0.001 and is 0.002. Ask for the same" in result.err
+    assert "network_alpha was 4.0 and is 2.0; unet_lr was 0.001 and is 0.002. Ask for the same" in result.err
     manifests = {
         path.parent: json.loads(path.read_text())["step"]
         for path in ready.tree.glob("checkpoints/*/state.json")
