@@ -35,7 +35,7 @@ SD_SCRIPTS_COMMIT = $(shell awk -F '"' '/^COMMIT = / {print $$2}' kohya/sd_scrip
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo image image-cpu run shell push size lock full-size checks sd-scripts options test mutate test-image test-sd-scripts test-gpu lint format clean
+.PHONY: help env demo image image-cpu run shell push size lock full-size checks sd-scripts options test mutate soak test-image test-sd-scripts test-gpu lint format clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -123,6 +123,10 @@ options: $(READY) ## Write kohya/options.json and tests/data from the pinned sd-
 
 mutate: $(READY) ## Delete each rule in turn, and show that a test notices [ONLY=kohya/rules.py]
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.mutate_rules $(ONLY)
+
+soak: $(READY) ## Kill, starve and lie to jobs, and see what becomes of them [SEED N ONLY=kills TRAINER SD_SCRIPTS_DIR]
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.faults.soak $(if $(SEED),--seed $(SEED)) $(if $(N),--jobs $(N)) \
+		$(if $(ONLY),--only $(ONLY)) $(if $(filter command% env%,$(origin TRAINER)),--trainer $(TRAINER))
 
 test-sd-scripts: $(READY) ## Run the tests that need sd-scripts [SD_SCRIPTS_DIR SD_SCRIPTS_PYTHON]
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal tests/sd_scripts

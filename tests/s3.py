@@ -10,6 +10,7 @@ import os
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,15 +42,22 @@ class S3Server:
         )
 
 
-@pytest.fixture(scope="session")
-def s3() -> Iterator[S3Server]:
-    """The S3 server that the whole test run uses."""
+@contextmanager
+def serving() -> Iterator[S3Server]:
+    """The server, for as long as the block lasts."""
     given = os.environ.get("TEST_S3_ENDPOINT")
     if given:
         yield S3Server(given, stand_in=False, environment=_environment(given))
         return
     with s3_server() as endpoint:
         yield S3Server(endpoint, stand_in=True, environment=_environment(endpoint))
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """The S3 server that the whole test run uses."""
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture

@@ -2,9 +2,6 @@
 
 import json
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +12,11 @@ from safetensors.numpy import save
 
 from entrypoint.checkpoint import Lora, verify_lora
 from entrypoint.contract import Tree
-from entrypoint.failures import BadLora
 from entrypoint.keeper import Keeper
 from entrypoint.outbox import Outbox
 from entrypoint.storage import S3Uri, Storage
 from kohya.networks import expected
+from tests.faults.reader import Reader
 from tests.s3 import S3Server
 
 SHAPES = Path(__file__).parents[1] / "data" / "lora_sd15.json"
@@ -36,52 +33,6 @@ def lora(seed: int) -> bytes:
             for name, shape in shapes.items()
         }
     )
-
-
-class Reader:
-    """Opens every LoRA in a folder of the bucket as soon as it is there, and again when it has changed."""
-
-    def __init__(self, s3: S3Server, folder: S3Uri, scratch: Path) -> None:
-        self.seen: dict[str, str] = {}  # key → ETag
-        self.bad: list[str] = []
-        self._client, self._folder, self._scratch = s3.client(), folder, scratch
-
-    def look(self) -> None:
-        answer = self._client.list_objects_v2(Bucket=self._folder.bucket, Prefix=self._folder.prefix)
-        for item in answer.get("Contents", ()):
-            if self.seen.get(item["Key"]) == item["ETag"]:
-                continue
-            self.seen[item["Key"]] = item["ETag"]
-            body = self._client.get_object(Bucket=self._folder.bucket, Key=item["Key"])["Body"].read()
-            self._scratch.write_bytes(body)
-            try:
-                verify_lora(self._scratch, EXPECTED)
-            except BadLora as error:
-                self.bad.append(f"{item['Key']}: {error}")
-
-    def wait_for(self, count: int) -> None:
-        """Until it has seen so many LoRAs, as in a minute it must."""
-        end = time.monotonic() + 60
-        while len(self.seen) < count:
-            assert time.monotonic() < end
-            time.sleep(0.02)
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        ended = threading.Event()
-
-        def watch() -> None:
-            while not ended.is_set():
-                self.look()
-
-        thread = threading.Thread(target=watch)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-            self.look()
 
 
 @pytest.mark.parametrize("verified", [True, False])
@@ -105,7 +56,7 @@ def test_no_half_lora_is_ever_visible(
     outbox = Outbox(Storage())
     job: Any = SimpleNamespace(tree=Tree(tmp_path / "ml"), work=tmp_path)
     keeper = Keeper(job, prepared, outbox, verify)
-    reader = Reader(s3, bucket / "out", tmp_path / "read")
+    reader = Reader(s3, bucket / "out", tmp_path / "read", EXPECTED)
     with reader.watching(), keeper.watching():
         for number in range(3):
             content = lora(number)
