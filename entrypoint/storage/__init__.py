@@ -168,7 +168,7 @@ class Storage:
 
         Raises what it raised last, of boto3's exceptions; GivenUp when nobody waits for it any more.
         """
-        patience, began = patience or Patience(), time.monotonic()
+        patience, failed = patience or Patience(), 0.0
         for tries in itertools.count(1):
             patience.check()
             client = self.client
@@ -180,7 +180,8 @@ class Storage:
                     raise
                 if found is not Fault.UNREACHED and self._reached is None:
                     self._reached = True
-                end = began + (retries.LASTS if self._reached else retries.BRIEF)
+                failed = failed or time.monotonic()
+                end = failed + (retries.LASTS if self._reached else retries.BRIEF)
                 if found is Fault.EXPIRED and tries == retries.EXPIRED_TRIES:
                     raise
                 if not patience.pause(tries, end):

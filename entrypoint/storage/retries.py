@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 T = TypeVar("T", bound=Mapping[str, Any])
 
-LASTS = 90.0  # seconds after the first try, after which no other try of a request is begun
+LASTS = 60.0  # seconds after its first failure, after which a request is not tried again
 BRIEF = 3.0  # the same, where S3 was never reached at all, or has just been waited for in vain
 CONNECT = 10.0  # seconds for a connection to come about
-SILENCE = 30.0  # seconds without a byte, after which a try has failed: a lasting fault ends in two minutes
+SILENCE = 30.0  # seconds without a byte, after which a try has failed; so two minutes of it end a request
 EXPIRED_TRIES = 4  # with credentials that S3 calls expired: each with those that a new session finds
 _FIRST, _CEILING = 0.25, 20.0  # seconds: bounds of the first pause, and of any
 
