@@ -23,7 +23,7 @@ from entrypoint import console
 from entrypoint.failures import Problem, StorageError
 from entrypoint.storage import retries
 from entrypoint.storage.errors import disk, problem
-from entrypoint.storage.fetching import OBJECTS_AT_ONCE, PARTS_AT_ONCE, Fetch, Record
+from entrypoint.storage.fetching import Fetch, Record
 from entrypoint.storage.meter import Meter, how_verified
 from entrypoint.storage.objects import (
     FETCH_FOLDER,
@@ -168,7 +168,7 @@ class Storage:
 
         Raises what it raised last, of boto3's exceptions; GivenUp when nobody waits for it any more.
         """
-        patience, failed = patience or Patience(), 0.0
+        patience, failed, expired = patience or Patience(), 0.0, 0
         for tries in itertools.count(1):
             patience.check()
             client = self.client
@@ -182,7 +182,8 @@ class Storage:
                     self._reached = True
                 failed = failed or time.monotonic()
                 end = failed + (retries.LASTS if self._reached else retries.BRIEF)
-                if found is Fault.EXPIRED and tries == retries.EXPIRED_TRIES:
+                expired += found is Fault.EXPIRED
+                if expired == retries.EXPIRED_TRIES:
                     raise
                 if not patience.pause(tries, end):
                     if end <= patience.deadline:
@@ -229,7 +230,7 @@ class Storage:
                     connect_timeout=retries.CONNECT,
                     read_timeout=retries.SILENCE,
                     retries={"mode": "standard", "total_max_attempts": 1},  # retries.py says why
-                    max_pool_connections=OBJECTS_AT_ONCE + PARTS_AT_ONCE,
+                    max_pool_connections=64,  # more than threads that ask at once
                     # A bucket is rarely a host name below an endpoint of one's own.
                     s3={"addressing_style": "path" if endpoint else "auto"},
                     # Asked for by the request that wants it. A server that states a checksum of the whole

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -28,48 +29,41 @@ def impatient(silence: float, lasts: float = 60.0) -> tuple[str, ...]:
     return (sys.executable, "-c", _IMPATIENT, str(silence), str(lasts))
 
 
-def run(job: Job, proxy: Proxy, folder: S3Uri) -> Result:
-    places = {
-        name: str(folder / at) for name, at in (("model_uri", "m.safetensors"), ("dataset_uri", "data"))
-    }
-    job.configure("hyperparameters", {**TINY, **places, "output_uri": str(folder / "out")})
-    job.environment |= {"AWS_ENDPOINT_URL_S3": proxy.address}
+def run(job: Job, s3: S3Server, proxy: Proxy, folder: S3Uri, prefix: tuple[str, ...]) -> Result:
+    places = {"model_uri": "m.safetensors", "dataset_uri": "data", "output_uri": "out"}
+    asked = {**TINY, **{name: str(folder / at) for name, at in places.items()}, "max_train_epochs": "1"}
+    job.configure("hyperparameters", asked)
+    job.environment |= {**s3.environment, "AWS_ENDPOINT_URL_S3": proxy.address}
+    job.prefix = prefix
     return job.run()
 
 
-def test_a_job_on_a_faulty_s3_makes_the_same_lora(
-    s3: S3Server, bucket: S3Uri, tmp_path: Path, base_models: dict[Kind, Path], pictures: Path
-) -> None:
+@pytest.fixture
+def folder(s3: S3Server, bucket: S3Uri, base_models: dict[Kind, Path], pictures: Path) -> S3Uri:
+    """A folder in S3 with a base model and pictures in it."""
     put(s3, bucket / "m.safetensors", base_models["sd15"])
     put(s3, bucket / "data", pictures)
-    loras = []
-    for name, rate in (("well", 0.0), ("ill", 0.3)):
-        job = Job(tmp_path / name)
-        job.environment |= s3.environment
-        job.prefix = impatient(silence=2)
-        try:
-            with Proxy(s3.endpoint, Drawn(7, dict.fromkeys(KINDS, rate / len(KINDS)))) as proxy:
-                result = run(job, proxy, bucket)
-            assert result.code == 0, result.out + result.err
-            assert result.err == ""
-            loras.append(load_file(job.model / "shape.safetensors"))
-            names = {path.name for path in job.model.iterdir()}
-            assert names <= set(keys(s3, bucket / "out"))
-            sent = s3.client().get_object(Bucket=bucket.bucket, Key="out/shape.safetensors")["Body"].read()
-            assert sent == (job.model / "shape.safetensors").read_bytes()
-            assert (proxy.faults.total() >= 5) == (rate > 0)
-        finally:
-            job.end()
-    well, ill = loras
-    assert well.keys() == ill.keys()
-    assert all(torch.equal(well[name], ill[name]) for name in well)
+    return bucket
 
 
-def test_when_s3_is_gone_for_good_the_lora_is_in_the_model_folder(
-    s3: S3Server, bucket: S3Uri, job: Job, base_models: dict[Kind, Path], pictures: Path
+def test_a_faulty_s3_makes_the_same_lora_and_one_that_goes_away_loses_none(
+    s3: S3Server, folder: S3Uri, tmp_path: Path, job: Job
 ) -> None:
-    put(s3, bucket / "m.safetensors", base_models["sd15"])
-    put(s3, bucket / "data", pictures)
+    """In the second job S3 is well up to the first upload: its LoRA is the one made without faults."""
+    ill = Job(tmp_path / "ill")
+    try:
+        with Proxy(s3.endpoint, Drawn(7, dict.fromkeys(KINDS, 0.3 / len(KINDS)))) as proxy:
+            result = run(ill, s3, proxy, folder, impatient(silence=2))
+        assert result.code == 0, result.out + result.err
+        assert result.err == ""
+        assert proxy.faults.total() >= 5
+        assert {path.name for path in ill.model.iterdir()} == set(keys(s3, folder / "out"))
+        sent = s3.client().get_object(Bucket=folder.bucket, Key="out/shape.safetensors")["Body"].read()
+        assert sent == (ill.model / "shape.safetensors").read_bytes()
+        made = load_file(ill.model / "shape.safetensors")
+    finally:
+        ill.end()
+    s3.client().delete_object(Bucket=folder.bucket, Key="out/shape.safetensors")
     gone: list[Asked] = []
 
     def schedule(asked: Asked, before: int) -> str | None:
@@ -77,15 +71,15 @@ def test_when_s3_is_gone_for_good_the_lora_is_in_the_model_folder(
             gone.append(asked)
         return "reset" if gone else None
 
-    job.environment |= s3.environment
-    job.prefix = impatient(silence=2, lasts=1)
     with Proxy(s3.endpoint, schedule) as proxy:
-        result = run(job, proxy, bucket)
+        result = run(job, s3, proxy, folder, impatient(silence=2, lasts=1))
     assert result.code == 1
-    assert len(load_file(job.model / "shape.safetensors")) > 0
-    told = (result.out + result.err).splitlines()[-1]
+    kept = load_file(job.model / "shape.safetensors")
+    assert kept.keys() == made.keys()
+    assert all(torch.equal(kept[name], made[name]) for name in made)
     assert job.failure is not None
-    assert job.failure in told
-    for part in ("kept breaking off", str(bucket / "out"), f"shape.safetensors lies in {job.model}"):
-        assert part in job.failure, job.failure
-    assert keys(s3, bucket / "out") == []
+    told = (result.out + result.err).splitlines()[-1]
+    assert told == f"ERROR: {job.failure.strip()}"
+    for part in ("kept breaking off", str(folder / "out"), f"shape.safetensors lies in {job.model}"):
+        assert part in job.failure
+    assert "shape.safetensors" not in keys(s3, folder / "out")
