@@ -36,7 +36,7 @@ from entrypoint.storage.objects import (
     unsafe,
 )
 from entrypoint.storage.retries import Fault, Patience, uncut
-from entrypoint.storage.sending import Send
+from entrypoint.storage.sending import Send, content_type
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
@@ -296,22 +296,3 @@ class Storage:
             yield
         except (BotoCoreError, ClientError, ConnectionError) as error:
             raise StorageError(problem(error, action, uri, self.client)) from error
-
-
-def content_type(path: Path) -> str:
-    """The Content-Type that a file is uploaded with."""
-    return _CONTENT_TYPES.get(path.suffix.lower(), "application/octet-stream")
-
-
-_CONTENT_TYPES = {
-    ".csv": "text/csv; charset=utf-8",
-    ".html": "text/html; charset=utf-8",
-    ".jpeg": "image/jpeg",
-    ".jpg": "image/jpeg",
-    ".json": "application/json",
-    ".log": "text/plain; charset=utf-8",
-    ".png": "image/png",
-    ".toml": "application/toml",
-    ".txt": "text/plain; charset=utf-8",
-    ".webp": "image/webp",
-}

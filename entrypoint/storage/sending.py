@@ -60,8 +60,6 @@ class Send:
 
     def _one(self, path: Path, uri: S3Uri) -> None:
         """One file, as long as it is now: an event log grows while it is read."""
-        from entrypoint.storage import content_type  # noqa: PLC0415 (which imports this)
-
         place: Place = {"Bucket": uri.bucket, "Key": uri.key}
         told: Place = {"ChecksumAlgorithm": _CHECKSUM, "ContentType": content_type(path)}
         with (
@@ -160,3 +158,22 @@ def _reason(sent: "Future[None]", path: Path, uri: S3Uri) -> StorageError | None
     if error is None or isinstance(error, StorageError):
         return error
     raise error
+
+
+def content_type(path: Path) -> str:
+    """The Content-Type that a file is uploaded with."""
+    return _CONTENT_TYPES.get(path.suffix.lower(), "application/octet-stream")
+
+
+_CONTENT_TYPES = {
+    ".csv": "text/csv; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".jpeg": "image/jpeg",
+    ".jpg": "image/jpeg",
+    ".json": "application/json",
+    ".log": "text/plain; charset=utf-8",
+    ".png": "image/png",
+    ".toml": "application/toml",
+    ".txt": "text/plain; charset=utf-8",
+    ".webp": "image/webp",
+}

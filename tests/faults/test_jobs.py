@@ -1,6 +1,5 @@
 """Whole jobs on an S3 that fails now and then, or for good."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,23 +9,9 @@ from safetensors.torch import load_file
 from entrypoint.storage import S3Uri
 from kohya.config import Kind
 from tests.contract.test_job import keys, put
-from tests.faults.proxy import KINDS, Asked, Drawn, Proxy
+from tests.faults.proxy import KINDS, Asked, Drawn, Proxy, impatient
 from tests.harness import TINY, Job, Result
 from tests.s3 import S3Server
-
-# The job with a client that waits for less long.
-_IMPATIENT = """
-import runpy, sys
-from entrypoint.storage import retries
-retries.SILENCE, retries.LASTS = float(sys.argv[1]), float(sys.argv[2])
-sys.argv = sys.argv[5:]  # after: this, its two numbers, python, -m
-runpy.run_module("entrypoint", run_name="__main__", alter_sys=True)
-"""
-
-
-def impatient(silence: float, lasts: float = 60.0) -> tuple[str, ...]:
-    """The beginning of a job's command, which sets how many seconds S3 is waited for (retries.py)."""
-    return (sys.executable, "-c", _IMPATIENT, str(silence), str(lasts))
 
 
 def run(job: Job, s3: S3Server, proxy: Proxy, folder: S3Uri, prefix: tuple[str, ...]) -> Result:
