@@ -28,6 +28,7 @@ _S3_ERRORS = {
     "internal_error": (500, "InternalError", "We encountered an internal error. Please try again."),
     "expired": (400, "ExpiredToken", "The provided token has expired."),
     "damaged": (400, "BadDigest", "The CRC64NVME you specified did not match the calculated checksum."),
+    "forgotten": (404, "NoSuchUpload", "The specified multipart upload does not exist."),
 }
 
 # What may befall a request. The first of them do not reach S3.
@@ -37,6 +38,8 @@ KINDS = (
     "expired",  # 400 ExpiredToken
     "reset",  # the connection, in the middle of the request's body, or before an answer
     "damaged",  # a body that is sent: S3's answer where it disagrees with its checksum
+    "forgotten",  # an upload in parts, when it is to be put together
+    "hollow",  # "200 OK", of a request that S3 only then begins with, and no body
     "lost",  # S3 has done it, and the connection is reset before it says so
     "stall",  # half of the answer, or nothing, then silence
     "broken",  # half of the answer's body, then a reset
@@ -69,6 +72,8 @@ class Asked:
             return self.method == "PUT" and self.length > 0
         if kind == "corrupt":
             return self.method == "GET" and "list-type=" not in self.path and whole
+        if kind in ("forgotten", "hollow"):
+            return self.method == "POST" and (kind == "hollow" or "uploadId=" in self.path)
         return kind not in ("broken", "cut", "empty") or self.method in ("GET", "POST")
 
 
@@ -158,6 +163,8 @@ class Proxy:
             _reset(handler.connection)
         elif kind in _S3_ERRORS:
             _answer_error(handler, *_S3_ERRORS[kind])
+        elif kind == "hollow":
+            _say(handler, 200, HTTPMessage(), 100)
         else:
             self._forward(handler, body, kind)
 

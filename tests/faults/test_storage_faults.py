@@ -30,8 +30,9 @@ from tests.faults.disk import on_small_disk
 from tests.faults.proxy import KINDS, Asked, Drawn, Proxy, always, once
 from tests.s3 import S3Server, free_port
 
-FETCHING = [kind for kind in KINDS if kind != "damaged"]
+FETCHING = [kind for kind in KINDS if kind not in ("damaged", "forgotten", "hollow")]
 UPLOADING = [kind for kind in KINDS if kind not in ("corrupt", "broken")]
+ALWAYS_UPLOADING = [kind for kind in UPLOADING if kind not in ("forgotten", "hollow", "cut", "empty")]
 MIB = 1 << 20
 
 
@@ -95,7 +96,7 @@ def test_what_fails_once_is_uploaded_all_the_same(
     proxy.schedule = once(kind)
     content = {"small.toml": b"a = 1", "large.safetensors": os.urandom(11 * MIB)}
     assert_uploads(s3, bucket, content, tmp_path)
-    assert proxy.faults[kind] >= 2
+    assert proxy.faults[kind] >= (1 if kind == "forgotten" else 2)
 
 
 def assert_uploads(s3: S3Server, bucket: S3Uri, content: Mapping[str, bytes], folder: Path) -> None:
@@ -146,7 +147,7 @@ def test_a_listing_of_several_pages_is_whole(s3: S3Server, bucket: S3Uri, proxy:
 def test_a_range_a_head_and_a_write_check_take_no_harm(s3: S3Server, bucket: S3Uri, proxy: Proxy) -> None:
     put(s3, bucket / "a.json", b'{"a": 1}')
     storage = Storage()
-    kinds = [kind for kind in KINDS if kind not in ("damaged", "corrupt", "stall")]
+    kinds = [kind for kind in KINDS if kind not in ("damaged", "forgotten", "corrupt", "stall")]
     for kind in kinds:
         proxy.schedule = once(kind)
         proxy._tries.clear()
@@ -154,9 +155,14 @@ def test_a_range_a_head_and_a_write_check_take_no_harm(s3: S3Server, bucket: S3U
         storage.check_writable(bucket / "out")
     assert set(proxy.faults) == set(kinds)
     # An answer to HEAD does not say why; the GET that is to tell may find nothing wrong.
-    proxy.schedule = lambda asked, before: "expired" if asked.method == "HEAD" and before == 0 else None
-    proxy._tries.clear()
-    assert storage.head(bucket / "a.json").size == 8
+    for kind, methods in (("expired", ["HEAD", "GET", "HEAD"]), ("slow_down", ["HEAD", "HEAD"])):
+        proxy.schedule = lambda asked, before, kind=kind: (
+            kind if asked.method == "HEAD" and before == 0 else None
+        )
+        proxy._tries.clear()
+        proxy.asked.clear()
+        assert storage.head(bucket / "a.json").size == 8
+        assert [asked.method for asked in proxy.asked if asked.path == "/a.json"] == methods
 
 
 @pytest.mark.usefixtures("quick")
@@ -193,6 +199,31 @@ def test_new_credentials_are_used_when_old_ones_expire(
         assert Storage().read_range(bucket / "a", 0, 100) == b"content"
         role.shutdown()
     assert given == ["AKIA0", "AKIA1"]
+
+
+def test_credentials_that_stay_expired_are_not_waited_for(
+    bucket: S3Uri, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "_FIRST", 0.01)
+    proxy.schedule = always("expired")
+    with pytest.raises(StorageError, match="the credentials have expired"):
+        Storage().read_range(bucket / "a", 0, 100)
+    assert len(proxy.asked) == 4
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_checksum_of_parts_is_not_left_out_because_s3_is_busy(
+    s3: S3Server, bucket: S3Uri, proxy: Proxy, tmp_path: Path
+) -> None:
+    stored(s3, bucket / "d", 0)
+    if "ChecksumSHA256" not in s3.client().head_object(
+        Bucket=bucket.bucket, Key="d/parts.bin", ChecksumMode="ENABLED"
+    ):
+        pytest.skip("this server keeps no checksums")
+    proxy.schedule = lambda asked, before: "slow_down" if "partNumber=1" in asked.path else None
+    with pytest.raises(StorageError, match="S3 is busy"):
+        fetch(bucket / "d", tmp_path)
+    assert "parts.bin" not in files(tmp_path)
 
 
 def unresolved(times: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +321,7 @@ def test_a_fetch_ends_when_a_fault_lasts(
     assert 2 <= proxy.faults[kind] <= 60
 
 
-@pytest.mark.parametrize("kind", [kind for kind in UPLOADING if kind not in ("cut", "empty")])
+@pytest.mark.parametrize("kind", ALWAYS_UPLOADING)
 @pytest.mark.usefixtures("impatient")
 def test_an_upload_ends_when_a_fault_lasts(bucket: S3Uri, proxy: Proxy, tmp_path: Path, kind: str) -> None:
     (tmp_path / "cat.safetensors").write_bytes(b"x" * 10_000)
