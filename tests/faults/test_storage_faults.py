@@ -381,19 +381,25 @@ def test_an_upload_ends_at_its_deadline_and_names_what_was_not_sent(
     assert len(proxy.asked) == before
 
 
-def test_a_cancel_ends_an_upload(bucket: S3Uri, proxy: Proxy, tmp_path: Path) -> None:
+def test_a_cancel_ends_an_upload_and_no_try_is_begun_after_it(
+    bucket: S3Uri, proxy: Proxy, tmp_path: Path
+) -> None:
     (tmp_path / "a.png").write_text("a")
-    cancel = threading.Event()
+    cancel, released = threading.Event(), threading.Event()
 
     def schedule(asked: Asked, before: int) -> str:
         cancel.set()
-        return "stall"
+        released.wait(25)
+        return "slow_down"
 
     proxy.schedule = schedule
     began = time.monotonic()
     with pytest.raises(StorageError, match=r"a\.png was not sent before the time for it was up"):
         Storage().upload({tmp_path / "a.png": bucket / "a.png"}, cancel=cancel)
-    assert time.monotonic() - began < 20  # seconds; the server would be waited for for 30
+    assert time.monotonic() - began < 20  # seconds; the server would be waited for for 25
+    released.set()
+    time.sleep(0.5)  # in which the try that was under way ends
+    assert len(proxy.asked) == 1
 
 
 def test_of_two_uploads_to_one_place_the_later_one_stays(
