@@ -126,9 +126,10 @@ class Keeper:
 
     def _replaced(self, *names: str) -> dict[str, Path]:
         """Manifests that take the place of these states', from which then nothing goes on."""
-        file = self._scratch / "replaced.json"
-        file.write_text(json.dumps(FINISHED), encoding="utf-8")
-        return {f"{name}/{MANIFEST}": file for name in names}
+        files = {f"{name}/{MANIFEST}": self._scratch / f"{name}.json" for name in names}
+        for file in files.values():
+            file.write_text(json.dumps(FINISHED), encoding="utf-8")
+        return files
 
     def _keep_log(self, _ended: bool) -> None:
         self._log.grow()

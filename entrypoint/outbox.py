@@ -5,15 +5,17 @@ not changed since, is not sent again. Nothing that lies there is ever deleted.
 """
 
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
 
 from entrypoint import stops
 from entrypoint.console import warn
 from entrypoint.failures import JobError
 from entrypoint.request import Location
-from entrypoint.storage import Storage
+from entrypoint.storage import Crew, Storage
 
 Batch = tuple[Mapping[str, Path], Location]  # files by the names that they get there
 
@@ -24,8 +26,9 @@ class Outbox:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._sent: dict[str, tuple[int, int]] = {}  # where to → size and time of what was sent there
-        self._thread = ThreadPoolExecutor(1, "publish")
+        self._thread = Crew(1, "publish")
         self._running: Future[None] | None = None
+        self._over = threading.Event()  # the time after a stop is
         self._told: set[str] = set()
 
     @property
@@ -40,22 +43,31 @@ class Outbox:
         """
         left = [(new, location) for files, location in batches if (new := self._new(files, location))]
         if left:
-            self._running = self._thread.submit(self._all, left)
+            self._running = self._thread.submit(partial(self._all, left))
 
     def wait(self) -> None:
-        """Wait for what was begun, as long as the job may go on; nothing can be begun after that."""
+        """Wait for what was begun, as long as the job may go on."""
         if self._running is not None:
-            left = stops.seconds_left()
-            while not wait([self._running], min(0.5, left)).done and left > 0:
-                left = stops.seconds_left()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+            self._end(self._running)
 
     def has(self, files: Mapping[str, Path], location: Location) -> bool:
         """Whether these were sent, as they are now."""
         return not self._new(files, location)
 
     def send(self, files: Mapping[str, Path], location: Location) -> None:
-        """Send what is not there yet, now. Raises JobError and OSError."""
+        """Send what is not there yet, now, as long as the job may go on. Raises JobError and OSError."""
+        sending = Crew(1, "publish")
+        self._end(sending.submit(partial(self._send, files, location))).result()
+        sending.leave()
+
+    def _end(self, sending: Future[None]) -> Future[None]:
+        """Wait until it has ended; when the time is over it does so by itself, and says what was not sent."""
+        while wait([sending], 0.1).not_done:
+            if stops.seconds_left() <= 0:
+                self._over.set()
+        return sending
+
+    def _send(self, files: Mapping[str, Path], location: Location) -> None:
         new = self._new(files, location)
         if not new:
             return
@@ -63,13 +75,14 @@ class Outbox:
         if isinstance(location, Path):
             place(new, location)
         else:
-            self._storage.upload({path: location / name for name, path in new.items()})
+            uris = {path: location / name for name, path in new.items()}
+            self._storage.upload(uris, what="publish", cancel=self._over)
         self._sent |= {_key(name, location): signature for name, signature in found.items()}
 
     def _all(self, batches: Sequence[Batch]) -> None:
         try:
             for files, location in batches:
-                self.send(files, location)
+                self._send(files, location)
         except (JobError, OSError) as fault:
             if str(fault) not in self._told:
                 warn(f"not published yet, and tried again: {fault}")

@@ -9,27 +9,23 @@ inputs are all channels never talks to S3.
 """
 
 import itertools
+import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from entrypoint import console
 from entrypoint.failures import Problem, StorageError
+from entrypoint.storage import retries
+from entrypoint.storage.crew import Crew
 from entrypoint.storage.errors import disk, problem
-from entrypoint.storage.fetching import (
-    ATTEMPTS,
-    OBJECTS_AT_ONCE,
-    PART,
-    PARTS_AT_ONCE,
-    Fetch,
-    Record,
-    broken_streams,
-)
-from entrypoint.storage.meter import Meter, how_verified, subscriber
+from entrypoint.storage.fetching import Fetch, Record
+from entrypoint.storage.meter import Meter, how_verified
 from entrypoint.storage.objects import (
     FETCH_FOLDER,
     Fetched,
@@ -40,12 +36,17 @@ from entrypoint.storage.objects import (
     safe_relative,
     unsafe,
 )
+from entrypoint.storage.retries import Fault, Patience, uncut
+from entrypoint.storage.sending import Send, content_type
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
+T = TypeVar("T")
+
 __all__ = [
     "FETCH_FOLDER",
+    "Crew",
     "Fetched",
     "RemoteObject",
     "S3Uri",
@@ -60,12 +61,15 @@ class Storage:
     """S3, as the job uses it. Safe to share between threads; nothing is opened before the first call.
 
     Region from AWS_REGION or AWS_DEFAULT_REGION, another endpoint from AWS_ENDPOINT_URL_S3, credentials
-    wherever boto3 finds them. Every method raises StorageError.
+    wherever boto3 finds them. Every method raises StorageError, and does so only when what is wrong stays
+    so: at most two minutes after S3 stopped being of use (retries.py).
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._opened: S3Client | None = None
+        self._reached: bool | None = None  # S3 has answered; False: it has been waited for in vain since
+        self._turns: defaultdict[S3Uri, threading.Lock] = defaultdict(threading.Lock)
 
     def head(self, uri: S3Uri) -> RemoteObject:
         """The size and ETag of one object."""
@@ -74,13 +78,11 @@ class Storage:
 
     def list(self, folder: S3Uri) -> Iterator[RemoteObject]:
         """The objects below a folder, a page of 1,000 at a time; empty "folder/" keys are left out."""
-        with self.explained("s3:ListBucket", folder):
-            pages = self.client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=folder.bucket, Prefix=folder.prefix):
-                for item in page.get("Contents", ()):
-                    if item["Size"] or not item["Key"].endswith("/"):
-                        uri = S3Uri(folder.bucket, item["Key"])
-                        yield RemoteObject(uri, item["Size"], item["ETag"].strip('"'))
+        for page in self._pages(folder):
+            for item in page.get("Contents", ()):
+                if item["Size"] or not item["Key"].endswith("/"):
+                    uri = S3Uri(folder.bucket, item["Key"])
+                    yield RemoteObject(uri, item["Size"], item["ETag"].strip('"'))
 
     def read(self, uri: S3Uri, *, limit: int) -> bytes:
         """A small object, such as a JSON or a TOML, of at most `limit` bytes."""
@@ -95,16 +97,14 @@ class Storage:
         if length <= 0:
             return b""
         wanted = f"bytes={start}-{start + length - 1}"
+
+        def get(client: "S3Client") -> bytes:
+            answer = client.get_object(Bucket=uri.bucket, Key=uri.key, Range=wanted)
+            with closing(answer["Body"]) as body:
+                return body.read()
+
         with self.explained("s3:GetObject", uri):
-            for attempt in itertools.count(1):
-                try:
-                    answer = self.client.get_object(Bucket=uri.bucket, Key=uri.key, Range=wanted)
-                    with closing(answer["Body"]) as body:
-                        return body.read()
-                except broken_streams():
-                    if attempt == ATTEMPTS:
-                        raise
-        raise AssertionError("unreachable")
+            return self.ask(get)
 
     def fetch(
         self, wanted: Mapping[str, RemoteObject], root: Path, *, what: str = "fetch"
@@ -132,49 +132,30 @@ class Storage:
         console.say(progress.summary(len(missing), how_verified(fetched.values())))
         return [fetched[path] for path in wanted]
 
-    def upload(self, files: Mapping[Path, S3Uri], *, what: str = "upload") -> None:
+    def upload(
+        self,
+        files: Mapping[Path, S3Uri],
+        *,
+        what: str = "upload",
+        deadline: float = math.inf,
+        cancel: threading.Event | None = None,
+    ) -> None:
         """Upload each file to its URI, in parallel; S3 checks what it receives against a checksum.
 
-        Every file is tried, also after another has failed. Nothing is ever deleted.
+        Every file is tried, also after another has failed. Nothing is ever deleted. It ends at `deadline`
+        (of time.monotonic) or soon after `cancel` is set, whatever S3 does: then no try is begun any more,
+        and the error names what was not sent. A try that runs may still end well, and the next upload to
+        its URI waits for that, so that of two uploads the later one stays.
         """
-        from s3transfer.manager import TransferConfig, TransferManager  # noqa: PLC0415
-
-        failures: list[StorageError] = []
         progress = Meter(what, sum(path.stat().st_size for path in files if path.is_file()))
-        config = TransferConfig(
-            multipart_threshold=PART, multipart_chunksize=PART, max_request_concurrency=PARTS_AT_ONCE
-        )
-        with TransferManager(self.client, config) as manager:
-            transfers = [
-                (
-                    path,
-                    uri,
-                    manager.upload(
-                        str(path),
-                        uri.bucket,
-                        uri.key,
-                        # S3 keeps a CRC64NVME of the whole object, however many parts it came in
-                        extra_args={"ChecksumAlgorithm": "CRC64NVME", "ContentType": content_type(path)},
-                        subscribers=[subscriber(progress)],
-                    ),
-                )
-                for path, uri in files.items()
-            ]
-            for path, uri, transfer in transfers:
-                while not transfer.done():
-                    time.sleep(0.05)
-                    progress.tick()
-                try:
-                    with disk(path), self.explained("s3:PutObject", uri):
-                        transfer.result()
-                except StorageError as error:
-                    failures.append(error)
-        if len(failures) == 1:
-            raise failures[0]
-        if failures:
-            first = failures[0].problem
-            wrong = f"{first.wrong}; {len(failures)} of {len(files)} files could not be uploaded"
-            raise StorageError(Problem(first.where, wrong, first.fix))
+        unsent = Send(self, progress, Patience(deadline)).run(files, cancel or threading.Event())
+        if len(unsent) == 1:
+            raise next(iter(unsent.values()))
+        if unsent:
+            first = next(iter(unsent.values())).problem
+            names = ", ".join(path.name for path in unsent)
+            wrong = f"{first.wrong}; {len(unsent)} of {len(files)} files could not be uploaded: {names}"
+            raise StorageError(type(first)(first.where, wrong, first.fix))
         console.say(progress.summary(len(files)))
 
     def check_writable(self, folder: S3Uri) -> None:
@@ -183,13 +164,70 @@ class Storage:
         A multipart upload is begun and given up: it needs s3:PutObject, and an upload that is not completed
         is no object.
         """
-        from botocore.exceptions import ClientError  # noqa: PLC0415
+        from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
 
         probe = folder / "job.json"
+        place: dict[str, Any] = {"Bucket": probe.bucket, "Key": probe.key}
         with self.explained("s3:PutObject", probe):
-            begun = self.client.create_multipart_upload(Bucket=probe.bucket, Key=probe.key)
-        with suppress(ClientError):  # s3:AbortMultipartUpload is a permission of its own
-            self.client.abort_multipart_upload(Bucket=probe.bucket, Key=probe.key, UploadId=begun["UploadId"])
+            begun = self.ask(lambda client: uncut(client.create_multipart_upload(**place), "UploadId"))
+        place["UploadId"] = begun["UploadId"]
+        with suppress(BotoCoreError, ClientError):  # s3:AbortMultipartUpload is a permission of its own
+            self.ask(lambda client: client.abort_multipart_upload(**place))
+
+    def ask(self, call: Callable[["S3Client"], T], patience: Patience | None = None) -> T:
+        """What `call` returns, given a client; called again, after a pause, while that may help.
+
+        Raises what it raised last, of boto3's exceptions; GivenUp when nobody waits for it any more.
+        """
+        patience, failed, expired = patience or Patience(), 0.0, 0
+        for tries in itertools.count(1):
+            patience.check()
+            client = self.client
+            try:
+                answer = call(client)
+            except Exception as error:
+                found = retries.fault(error)
+                if found is Fault.LASTING:
+                    raise
+                if found is not Fault.UNREACHED and self._reached is None:
+                    self._reached = True
+                failed = failed or time.monotonic()
+                end = failed + (retries.LASTS if self._reached else retries.BRIEF)
+                expired += found is Fault.EXPIRED
+                if expired == retries.EXPIRED_TRIES:
+                    raise
+                if not patience.pause(tries, end):
+                    if end <= patience.deadline:
+                        self._reached = False
+                    raise
+                if found is Fault.EXPIRED:
+                    self._forget(client)
+            else:
+                self._reached = True
+                return answer
+        raise AssertionError("unreachable")
+
+    def turn(self, uri: S3Uri) -> threading.Lock:
+        """Held by whoever uploads to that URI."""
+        with self._lock:
+            return self._turns[uri]
+
+    def _pages(self, folder: S3Uri) -> Iterator[Mapping[str, Any]]:
+        """S3's answers to a listing, of at most 1,000 objects each."""
+        asked: dict[str, Any] = {"Bucket": folder.bucket, "Prefix": folder.prefix}
+        while True:
+            with self.explained("s3:ListBucket", folder):
+                page = self.ask(lambda client: uncut(client.list_objects_v2(**asked), "IsTruncated"))
+            yield page
+            if not page["IsTruncated"]:
+                return
+            asked["ContinuationToken"] = page["NextContinuationToken"]
+
+    def _forget(self, client: "S3Client") -> None:
+        """Look for credentials anew before the next request."""
+        with self._lock:
+            if self._opened is client:
+                self._opened = None
 
     @property
     def client(self) -> "S3Client":
@@ -200,10 +238,10 @@ class Storage:
 
                 endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
                 config = Config(
-                    connect_timeout=10,
-                    read_timeout=30,
-                    retries={"mode": "standard", "total_max_attempts": 5},
-                    max_pool_connections=OBJECTS_AT_ONCE + PARTS_AT_ONCE,
+                    connect_timeout=retries.CONNECT,
+                    read_timeout=retries.SILENCE,
+                    retries={"mode": "standard", "total_max_attempts": 1},  # retries.py says why
+                    max_pool_connections=64,  # more than threads that ask at once
                     # A bucket is rarely a host name below an endpoint of one's own.
                     s3={"addressing_style": "path" if endpoint else "auto"},
                     # Asked for by the request that wants it. A server that states a checksum of the whole
@@ -218,18 +256,26 @@ class Storage:
                     raise StorageError(Problem("S3", console.redact(str(error)), fix)) from error
             return self._opened
 
-    def facts(self, uri: S3Uri, **more: Any) -> Mapping[str, Any]:
+    def facts(self, uri: S3Uri, patience: Patience | None = None, **more: Any) -> Mapping[str, Any]:
+        """What S3 says of one object."""
         from botocore.exceptions import ClientError  # noqa: PLC0415
 
-        with self.explained("s3:GetObject", uri):
-            try:
-                return self.client.head_object(Bucket=uri.bucket, Key=uri.key, **more)
-            except ClientError:
-                # An answer to HEAD has no body, so it says 403 and not why. An answer to GET does.
-                self.client.get_object(Bucket=uri.bucket, Key=uri.key, Range="bytes=0-0")["Body"].close()
-                raise
+        place: dict[str, Any] = {"Bucket": uri.bucket, "Key": uri.key}
 
-    def part_sizes(self, source: RemoteObject) -> Sequence[int] | None:
+        def head(client: "S3Client") -> Mapping[str, Any]:
+            try:
+                return client.head_object(**place, **more)
+            except ClientError as error:
+                if retries.fault(error) is not Fault.LASTING:
+                    raise
+                # An answer to HEAD has no body, so it says 403 and not why. An answer to GET does.
+                client.get_object(**place)["Body"].close()
+                raise ConnectionError("S3 refused a HEAD and not the GET after it") from error
+
+        with self.explained("s3:GetObject", uri):
+            return self.ask(head, patience)
+
+    def part_sizes(self, source: RemoteObject, patience: Patience | None = None) -> Sequence[int] | None:
         """The sizes of the parts that an object was uploaded in; None where they cannot be told.
 
         Every uploader makes all parts but the last of one size. (The sizes one by one would need the
@@ -237,10 +283,13 @@ class Storage:
         """
         from botocore.exceptions import ClientError  # noqa: PLC0415
 
+        place: dict[str, Any] = {"Bucket": source.uri.bucket, "Key": source.uri.key}
         try:
-            first = self.client.head_object(Bucket=source.uri.bucket, Key=source.uri.key, PartNumber=1)
-        except ClientError:
-            return None
+            first = self.ask(lambda client: client.head_object(**place, PartNumber=1), patience)
+        except ClientError as error:
+            if retries.fault(error) is Fault.LASTING:
+                return None
+            raise
         part = first["ContentLength"]
         starts = range(0, source.size, part or 1)
         return (
@@ -258,22 +307,3 @@ class Storage:
             yield
         except (BotoCoreError, ClientError, ConnectionError) as error:
             raise StorageError(problem(error, action, uri, self.client)) from error
-
-
-def content_type(path: Path) -> str:
-    """The Content-Type that a file is uploaded with."""
-    return _CONTENT_TYPES.get(path.suffix.lower(), "application/octet-stream")
-
-
-_CONTENT_TYPES = {
-    ".csv": "text/csv; charset=utf-8",
-    ".html": "text/html; charset=utf-8",
-    ".jpeg": "image/jpeg",
-    ".jpg": "image/jpeg",
-    ".json": "application/json",
-    ".log": "text/plain; charset=utf-8",
-    ".png": "image/png",
-    ".toml": "application/toml",
-    ".txt": "text/plain; charset=utf-8",
-    ".webp": "image/webp",
-}

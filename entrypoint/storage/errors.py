@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from entrypoint import console
 from entrypoint.failures import Outage, Problem, StorageError
 from entrypoint.storage.objects import S3Uri
+from entrypoint.storage.retries import EXPIRED_CODES, SILENCE
 
 if TYPE_CHECKING:
     from botocore.exceptions import ClientError
@@ -51,14 +52,16 @@ _SKEWED = (
     "Set the clock, for example with chronyc makestep",
 )
 _BUSY = (
-    "S3 is busy or failing, after five tries",
+    "S3 is busy or failing, and stays so",
     "Start the job again in a few minutes; if it stays, check that AWS_ENDPOINT_URL_S3 is S3",
+)
+_DAMAGED = (
+    "what was sent did not reach S3 as it was sent, time and again",
+    "Look for what lies between this machine and S3: a proxy, or AWS_ENDPOINT_URL_S3",
 )
 _NO_BUCKET_NAME = ("this is no name of a bucket", "Correct the URI: s3://bucket/key")
 _SENTENCES: Mapping[str, tuple[str, str]] = {
-    "ExpiredToken": _EXPIRED,
-    "ExpiredTokenException": _EXPIRED,
-    "TokenRefreshRequired": _EXPIRED,
+    **dict.fromkeys(EXPIRED_CODES, _EXPIRED),
     "RequestExpired": _SKEWED,
     "RequestTimeTooSkewed": _SKEWED,
     "InvalidAccessKeyId": _REJECTED,
@@ -70,11 +73,12 @@ _SENTENCES: Mapping[str, tuple[str, str]] = {
         "the object is archived (Glacier or Deep Archive) and cannot be read",
         "Restore it first: aws s3api restore-object --bucket {bucket} --key '{key}' --restore-request Days=7",
     ),
+    "BadDigest": _DAMAGED,
+    "IncompleteBody": _DAMAGED,
     "InternalError": _BUSY,
     "ServiceUnavailable": _BUSY,
     "SlowDown": _BUSY,
-    "500": _BUSY,
-    "503": _BUSY,
+    **dict.fromkeys(("429", "500", "502", "503", "504"), _BUSY),
 }
 _WRONG_REGION = (
     "301",
@@ -133,26 +137,32 @@ def _never_answered(error: Exception, client: "S3Client") -> tuple[str, str]:
     from botocore import exceptions as raised  # noqa: PLC0415
 
     endpoint = client.meta.endpoint_url
-    told = str(error).replace("\n", " ")
+    cause: Mapping[str, Any] = getattr(error, "kwargs", {})
+    told = str(cause.get("error") or error).replace("\n", " ").rpartition(">: ")[2]
     missing = (raised.NoCredentialsError, raised.PartialCredentialsError)
     unobtained = (raised.CredentialRetrievalError, raised.TokenRetrievalError, raised.SSOError)
     network = (raised.ConnectionError, raised.HTTPClientError, ConnectionError)
-    route = "Check AWS_REGION, AWS_ENDPOINT_URL_S3 and the VPC's endpoint for S3"
+    route = "AWS_REGION, AWS_ENDPOINT_URL_S3 and the VPC's endpoint for S3"
     kinds: Sequence[tuple[type[Exception] | tuple[type[Exception], ...], str, str]] = (
         (missing, "there are no credentials for S3", f"{_CREDENTIALS}. {_CHANNELS}"),
         (unobtained, f"the credentials for S3 could not be had: {told}", _CREDENTIALS),
         (raised.ParamValidationError, f"S3 has no such names: {told}", "Correct the URI: s3://bucket/key"),
         (
-            raised.IncompleteReadError,
-            f"the connection to {endpoint} kept breaking off",
-            "Start the job again",
+            raised.ReadTimeoutError,
+            f"S3 at {endpoint} kept falling silent, for {SILENCE:.0f} s each time",
+            f"Start the job again; if it stays, check {route}",
+        ),
+        (
+            (raised.ConnectionClosedError, raised.ResponseStreamingError, raised.IncompleteReadError),
+            f"the connection to {endpoint} kept breaking off: {told}",
+            f"Start the job again; if it stays, check {route}",
         ),
         (
             raised.SSLError,
             f"{endpoint} is not to be trusted: {told}",
             "Set AWS_CA_BUNDLE to its certificates",
         ),
-        (network, f"S3 cannot be reached at {endpoint}: {told}", f"{route}. {_CHANNELS}"),
+        (network, f"S3 cannot be reached at {endpoint}: {told}", f"Check {route}. {_CHANNELS}"),
     )
     for kind, wrong, fix in kinds:
         if isinstance(error, kind):

@@ -13,10 +13,11 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -24,18 +25,22 @@ from typing import TYPE_CHECKING, Any
 
 from entrypoint import console
 from entrypoint.failures import Problem, StorageError
+from entrypoint.storage.crew import Crew, settle
 from entrypoint.storage.errors import disk, error_code
 from entrypoint.storage.meter import Meter
 from entrypoint.storage.objects import FETCH_FOLDER, Fetched, RemoteObject
+from entrypoint.storage.retries import Patience
 
 if TYPE_CHECKING:
+    from types_boto3_s3 import S3Client
+
     from entrypoint.storage import Storage
 
 MIB = 1 << 20
 PART = 32 * MIB  # measured: 8 MiB ranges are a fifth slower, larger ones no faster
 OBJECTS_AT_ONCE = 16  # small objects wait for S3's answer, not for bandwidth
 PARTS_AT_ONCE = min(16, 4 * (os.cpu_count() or 1))  # S3 gives one connection 85 to 90 MB/s
-ATTEMPTS = 4
+DAMAGED_TRIES = 4  # of an object that arrives whole, and is not what S3 says it has
 _LEFT_SECONDS = 86400.0  # after which unfinished files are nobody's
 _STOP_SECONDS = 2.0  # how long an interrupted fetch waits for its threads
 
@@ -48,10 +53,6 @@ class _Damaged(Exception):
     """What arrived is not what S3 says it has. Its text says how the two differ."""
 
 
-class _GivenUp(Exception):
-    """Another thread failed, or the main thread was interrupted."""
-
-
 class Fetch:
     """One call of Storage.fetch: its threads, and how they are stopped."""
 
@@ -62,9 +63,9 @@ class Fetch:
         # Of its own: another job may fetch to the same folder at the same time.
         self._unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=record.folder))
         self._numbers = itertools.count()
-        self._stop = threading.Event()
-        self._objects = ThreadPoolExecutor(OBJECTS_AT_ONCE, "fetch")
-        self._parts = ThreadPoolExecutor(PARTS_AT_ONCE, "fetch-part")
+        self._patience = Patience()
+        self._objects = Crew(OBJECTS_AT_ONCE, "fetch")
+        self._parts = Crew(PARTS_AT_ONCE, "fetch-part")
 
     def run(self, wanted: Mapping[str, RemoteObject]) -> Sequence[Fetched]:
         """Fetch all of them, in the order in which they end. The first failure ends everything."""
@@ -76,7 +77,7 @@ class Fetch:
                 shutil.rmtree(left, ignore_errors=True)
         try:
             for path, source in wanted.items():
-                futures.append(self._objects.submit(self._one, path, source))
+                futures.append(self._objects.submit(partial(self._one, path, source)))
                 futures[-1].add_done_callback(finished.put)
             while len(results) < len(wanted):
                 self._progress.tick()
@@ -85,10 +86,10 @@ class Fetch:
                 except Empty:
                     continue
         finally:
-            self._stop.set()
-            _settle(futures, _STOP_SECONDS)
-            self._objects.shutdown(wait=False)
-            self._parts.shutdown(wait=False)
+            self._patience.stop.set()
+            settle(futures, _STOP_SECONDS)
+            self._objects.leave()
+            self._parts.leave()
             shutil.rmtree(self._unfinished, ignore_errors=True)
         return results
 
@@ -109,18 +110,18 @@ class Fetch:
         """Transfer until what is on disk is what S3 has; an object that was replaced is begun again."""
         from botocore.exceptions import FlexibleChecksumError  # noqa: PLC0415
 
-        reason = ""
-        for _ in range(ATTEMPTS):
+        reason, part_sizes = "", partial(self._storage.part_sizes, patience=self._patience)
+        for _ in range(DAMAGED_TRIES):
             try:
                 with file.open("w+b") as out:
                     facts = self._transfer(source, out.fileno())
-                    return source, *_verify(out.fileno(), source, facts, self._storage.part_sizes)
+                    return source, *_verify(out.fileno(), source, facts, part_sizes)
             except _Replaced:
                 reason = "was replaced while it was being fetched, each time anew"
                 source = self._storage.head(source.uri)
                 console.warn(f"{source.uri} was replaced after it was listed; the new object is fetched")
             except (_Damaged, FlexibleChecksumError) as error:
-                reason = f"arrived damaged {ATTEMPTS} times: {error}"
+                reason = f"arrived damaged {DAMAGED_TRIES} times: {error}"
             self._progress.expect(source.size)
         raise StorageError(Problem(str(source.uri), reason, "Upload the object again and start a new job"))
 
@@ -128,32 +129,31 @@ class Fetch:
         """Write an object to an open file; returns what S3 says of the whole of it."""
         if source.size <= PART and "-" not in source.etag:
             return self._part(source, out, 0, source.size, ChecksumMode="ENABLED")  # one answer says it all
-        facts = self._storage.facts(source.uri, ChecksumMode="ENABLED")
+        facts = self._storage.facts(source.uri, self._patience, ChecksumMode="ENABLED")
         starts = range(0, source.size, PART)
         parts = []
         for start in starts:
             length = min(PART, source.size - start)
             wanted = f"bytes={start}-{start + length - 1}"
-            parts.append(self._parts.submit(self._part, source, out, start, length, Range=wanted))
+            part = partial(self._part, source, out, start, length, Range=wanted)
+            parts.append(self._parts.submit(part))
         try:
-            for part in wait(parts, return_when=FIRST_EXCEPTION).done:
-                part.result()
+            for ended in wait(parts, return_when=FIRST_EXCEPTION).done:
+                ended.result()
         finally:
-            _settle(parts)  # before the file is closed: its number may then be another file's
+            settle(parts)  # before the file is closed: its number may then be another file's
         return facts
 
     def _part(
         self, source: RemoteObject, out: int, start: int, length: int, **request: Any
     ) -> Mapping[str, Any]:
-        """Write `length` bytes of an object from `start` on, and begin again when the connection breaks."""
+        """Write `length` bytes of an object from `start` on."""
         from botocore.exceptions import ClientError  # noqa: PLC0415
 
-        for attempt in itertools.count(1):
+        def get(client: "S3Client") -> Mapping[str, Any]:
             position = start
             try:
-                if self._stop.is_set():
-                    raise _GivenUp
-                answer = self._storage.client.get_object(
+                answer = client.get_object(
                     Bucket=source.uri.bucket, Key=source.uri.key, IfMatch=f'"{source.etag}"', **request
                 )
                 with closing(answer["Body"]) as body:
@@ -163,8 +163,7 @@ class Fetch:
                         raise _Damaged(f"S3 sent {answer['ContentLength']:,} bytes of {length:,}")
                     buffer = memoryview(bytearray(min(MIB, length) or 1))
                     while count := body.readinto(buffer):  # type: ignore[arg-type]
-                        if self._stop.is_set():
-                            raise _GivenUp
+                        self._patience.check()
                         _write(out, buffer[:count], position)
                         position += count
                         self._progress.add(count)
@@ -173,30 +172,17 @@ class Fetch:
                 if error_code(error) in ("PreconditionFailed", "412"):
                     raise _Replaced from error
                 raise
-            except broken_streams():
+            except Exception:
                 self._progress.add(start - position)
-                if attempt == ATTEMPTS:
-                    raise
-                self._stop.wait(2**attempt / 4)
-        raise AssertionError("unreachable")
+                raise
 
-
-def _settle(futures: Iterable[Future[Any]], timeout: float | None = None) -> None:
-    """Cancel what has not begun, and wait for what has."""
-    wait([future for future in futures if not future.cancel()], timeout)
+        return self._storage.ask(get, self._patience)
 
 
 def _write(out: int, data: memoryview, position: int) -> None:
     while data:
         count = os.pwrite(out, data, position)
         data, position = data[count:], position + count
-
-
-def broken_streams() -> tuple[type[Exception], ...]:
-    """What boto3 raises when a connection breaks in the middle of an object; it does not retry these."""
-    from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError  # noqa: PLC0415
-
-    return (IncompleteReadError, ReadTimeoutError, ResponseStreamingError, ConnectionError)
 
 
 _PartSizes = Callable[[RemoteObject], Sequence[int] | None]

@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Collection
-from typing import Any
 
 from entrypoint import console
 from entrypoint.storage.objects import Fetched
@@ -70,13 +69,3 @@ def how_verified(fetched: Collection[Fetched]) -> str:
     told = [f"{sum(item.verified == way for item in fetched):,} verified by {way}" for way in ways]
     reused = sum(item.reused for item in fetched)
     return "".join(f"; {text}" for text in [*told, *([f"{reused:,} already here"] if reused else [])])
-
-
-def subscriber(progress: Meter) -> Any:
-    from s3transfer.subscribers import BaseSubscriber  # noqa: PLC0415
-
-    class Subscriber(BaseSubscriber):
-        def on_progress(self, future: Any, bytes_transferred: int, **_: Any) -> None:
-            progress.add(bytes_transferred)
-
-    return Subscriber()

@@ -33,6 +33,7 @@ from entrypoint.storage import (
     content_type,
     fetching,
     meter,
+    retries,
     safe_relative,
 )
 from tests.s3 import free_port
@@ -634,21 +635,35 @@ def test_a_long_fetch_says_how_far_it_is(
     assert re.fullmatch(r"base model: 1 file, 3\.0 MB in .* s, .* MB/s; 1 verified by md5", lines[-1]), lines
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="only root can mount a small disk")
-def test_a_full_disk_is_told(server: Server, tmp_path: Path) -> None:
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        content = b"x" * (2 << 20)
-        server.answer = holding(content)
-        with pytest.raises(StorageError, match=r"No space left on device.*VolumeSizeInGB"):
-            Storage().fetch(one(content), tmp_path)
-        assert not (tmp_path / FETCH_FOLDER / "unfinished").exists()
-    finally:
-        subprocess.run(["umount", tmp_path], check=True)
+# When it is tried again
+
+
+def test_pauses_grow_to_a_ceiling_and_are_drawn_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds: list[tuple[float, float]] = []
+
+    def uniform(low: float, high: float) -> float:
+        bounds.append((low, high))
+        return 0.0
+
+    monkeypatch.setattr(random, "uniform", uniform)
+    patience = retries.Patience()
+    assert all(patience.pause(tries, time.monotonic() + 60) for tries in range(1, 10))
+    assert bounds == [(0, 0.25 * 2**power) for power in range(7)] + [(0, 20), (0, 20)]
+
+
+def test_no_try_is_begun_after_its_end_its_deadline_or_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "uniform", lambda low, high: 10.0)
+    now = time.monotonic()
+    assert not retries.Patience().pause(1, end=now + 9)
+    assert not retries.Patience(deadline=now + 9).pause(1, end=now + 60)
+    with pytest.raises(retries.GivenUp):
+        retries.Patience(deadline=now).check()
+    stopped = retries.Patience()
+    stopped.stop.set()
+    assert stopped.pause(1, end=now + 60)  # at once, for who asks next is told
+    assert time.monotonic() - now < 9
+    with pytest.raises(retries.GivenUp):
+        stopped.check()
 
 
 def test_content_types() -> None:
