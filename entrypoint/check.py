@@ -324,6 +324,11 @@ def _lacking(found: SdScripts, merged: Merged) -> list[Problem]:
     return problems
 
 
+def processes(request: JobRequest, gpu: Gpu | None) -> int:
+    """How many processes train together: one on each GPU, but for the built-in trainer."""
+    return gpu.count if gpu and request.trainer == "sd-scripts" else 1
+
+
 def to_fetch(plan: Plan) -> int:
     """The bytes that the job puts on disk before it trains; what resizing takes is an estimate."""
     pictures = [*plan.dataset_files.values(), *plan.reg_files.values()]

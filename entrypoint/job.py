@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from entrypoint import captions, dataset, mending, pictures, publish, resize, stops, trainer
 from entrypoint import model as base_model
-from entrypoint.check import Plan, check
+from entrypoint.check import Plan, check, processes
 from entrypoint.checkpoint import Lora, verify_lora
 from entrypoint.console import fail, say, warn
 from entrypoint.contract import Tree
@@ -54,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
                 job.inputs = fetch(job.plan, storage)
                 job.looked = look(job.inputs)
             with job.stage("prepare"):
-                job.prepared = prepare(job.inputs, job.looked, job.tree, job.work)
+                job.prepared = prepare(job.inputs, job.looked, job.tree, job.work, job.captions)
             with job.stage("train"):
                 ended = train(job.prepared)
             with job.stage("verify"):
@@ -131,14 +131,16 @@ def look(inputs: Inputs) -> Looked:
     return Looked(data, reg, told)
 
 
-def prepare(inputs: Inputs, looked: Looked, tree: Tree, work: Path) -> Prepared:
-    """The tree that the trainer sees, and the configuration that it reads."""
+def prepare(inputs: Inputs, looked: Looked, tree: Tree, work: Path, written: dict[str, Path]) -> Prepared:
+    """The tree that the trainer sees, and the configuration that it reads.
+
+    Captions come into `written` while the tagger writes them, by path below the data set's root.
+    """
     plan = inputs.plan
     output, logs = work / "output", tree.tensorboard
     output.mkdir()
     logs.mkdir(parents=True, exist_ok=True)
     origins: dict[str, str] = {}
-    written: dict[str, Path] = {}
     for name, found, seen, files, on_disk in (
         ("dataset", plan.dataset, looked.dataset, plan.dataset_files, inputs.dataset),
         ("reg", plan.reg, looked.reg, plan.reg_files, inputs.reg),
@@ -151,10 +153,10 @@ def prepare(inputs: Inputs, looked: Looked, tree: Tree, work: Path) -> Prepared:
             links[made] = links.pop(link)
         links = resize.apply(plan.request, links, files)
         if name == "dataset":
-            written = captions.write(plan.tagger, inputs.tagger, found, root=root, links=links, given=files)
+            captions.write(
+                plan.tagger, inputs.tagger, found, root=root, links=links, given=files, written=written
+            )
         origins |= {str(path): name_of(files[source]) for path, source in links.items()}
-    if written:
-        say(f"prepare: the captions are kept in {tree.data / 'captions'}, where they can be corrected")
     owned: dict[str, object] = {
         "pretrained_model_name_or_path": str(base_model.unpacked(plan.model, inputs.model, work)),
         "output_dir": str(output),
@@ -176,7 +178,7 @@ def prepare(inputs: Inputs, looked: Looked, tree: Tree, work: Path) -> Prepared:
         say(f"prepare: {note}")
     config_file = work / "config.toml"
     config_file.write_text(config.dump(merged.values), encoding="utf-8")
-    return Prepared(plan, merged, config_file, output, work / "trainer.log", origins, written)
+    return Prepared(plan, merged, config_file, output, work / "trainer.log", origins)
 
 
 def train(prepared: Prepared) -> trainer.Ended:
@@ -282,8 +284,8 @@ def _say_plan(plan: Plan) -> None:
 
 
 def _facts(plan: Plan, sizes: tuple[Sequence[Size], Sequence[Size]]) -> Facts:
-    processes = plan.gpu.count if plan.gpu and plan.sd_scripts else 1
-    return facts(plan.dataset, plan.reg, plan.merged.values, sizes, processes)
+    together = processes(plan.request, plan.gpu)
+    return facts(plan.dataset, plan.reg, plan.merged.values, sizes, together)
 
 
 def _pictures(plan: Plan, work: Path) -> dict[str, str]:

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from entrypoint.console import SECRET_OPTIONS, redact
+from entrypoint.console import SECRET_OPTIONS, redact, say
 from entrypoint.failures import JobError
 from entrypoint.inputs import PLACED
-from entrypoint.record import Job
-from entrypoint.request import Location
+from entrypoint.record import Job, Prepared
+from entrypoint.request import JobRequest, Location
 from entrypoint.storage import Storage
 from kohya import config
 
@@ -18,18 +18,37 @@ from kohya import config
 def results(job: Job, storage: Storage) -> None:
     """LoRAs, states, the merged configuration, samples and event logs, each where its reader expects it.
 
-    The configuration is written so that the job can be run again from it: without the job's own paths,
-    and without secrets. A job that ended before it was prepared has nothing to publish.
+    A job that ended before it was prepared has none of them, but perhaps captions.
     """
-    if job.prepared is None or job.request is None:
-        return
-    prepared, request = job.prepared, job.request
+    faults: list[str] = []
+    if job.prepared is not None and job.request is not None:
+        _training(job, job.prepared, job.request, storage, faults)
+    if job.captions and job.request is not None:
+        _captions(job, job.request, storage, faults)
+    if faults:
+        raise JobError(" ".join(faults))
+
+
+def _captions(job: Job, request: JobRequest, storage: Storage, faults: list[str]) -> None:
+    """What the tagger has written, to be corrected."""
+    written = {f"captions/{name}": path for name, path in job.captions.items()}
+    with _noted(faults):
+        place(written, job.tree.data)
+        say(f"publish: the captions are kept in {job.tree.data / 'captions'}, where they can be corrected")
+    with _noted(faults):
+        if request.output is not None and not request.flat:
+            send(written, request.output, storage)
+
+
+def _training(job: Job, prepared: Prepared, request: JobRequest, storage: Storage, faults: list[str]) -> None:
+    """The configuration is written so that the job can be run again from it: without the job's own paths,
+    and without secrets.
+    """
     values = {**prepared.plan.merged.values, "output_name": prepared.output_name}
     not_again = config.OWNED | PLACED | SECRET_OPTIONS | {"resume", "skip_until_initial_step"}
     again = {name: value for name, value in values.items() if name not in not_again}
     kept = job.work / f"{prepared.output_name}.toml"
     loras = {lora.path.name: lora.path for lora in job.loras}
-    faults: list[str] = []
     with _noted(faults):
         place(loras, job.tree.model)
     with _noted(faults):
@@ -44,7 +63,6 @@ def results(job: Job, storage: Storage) -> None:
         if request.output is not None and not request.flat:
             send({kept.name: kept}, request.output, storage)
     samples = {f"sample/{path.name}": path for path in sorted((prepared.output / "sample").glob("*"))}
-    samples |= {f"captions/{name}": path for name, path in prepared.captions.items()}
     with _noted(faults):
         place(samples, job.tree.data)
     with _noted(faults):
@@ -53,8 +71,6 @@ def results(job: Job, storage: Storage) -> None:
     with _noted(faults):
         if request.logs is not None:
             send(event_logs(job.tree.tensorboard, job.started, flat=request.flat), request.logs, storage)
-    if faults:
-        raise JobError(" ".join(faults))
 
 
 @contextmanager

@@ -56,7 +56,6 @@ class Prepared:
     output: Path  # scratch, never SageMaker's model folder: what is half written is not published
     log: Path
     origins: Mapping[str, str]  # of the files in the trainer's tree: the path or URI that the user gave
-    captions: Mapping[str, Path]  # those that the tagger wrote, by path below the data set's root
 
     @property
     def output_name(self) -> str:
@@ -75,6 +74,7 @@ class Job:
     plan: Plan | None = None
     inputs: Inputs | None = None
     looked: Looked | None = None
+    captions: dict[str, Path] = field(default_factory=dict)  # written until now, by path below the data set
     prepared: Prepared | None = None
     loras: Sequence[Lora] = ()
 
@@ -106,8 +106,8 @@ class Job:
             told["facts"] = self.looked.facts.as_json()
         if self.inputs is not None:
             told["inputs"] = _inputs(self.inputs)
-        if self.prepared is not None and self.prepared.captions:
-            told["captions_written"] = len(self.prepared.captions)
+        if self.captions:
+            told["captions_written"] = len(self.captions)
         told["loras"] = [
             {"name": lora.path.name, "bytes": lora.bytes, "rank": lora.rank, "modules": lora.modules}
             for lora in self.loras
