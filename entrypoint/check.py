@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -109,10 +109,8 @@ def examine(request: JobRequest, gpu: Gpu | None, storage: Storage, here: Here |
     problems += resize.problems(request, merged, extras)
     if kind is not None:
         merged, wrong = rules.settle(kind, merged)
-        problems += wrong
-        for folder in extras.dataset_config.folders if extras.dataset_config else ():
-            for conflict in rules.of_folder(kind, {**merged.values, **folder.values}):
-                problems.append(Problem(folder.where, conflict.wrong, conflict.fix))
+        problems += [*wrong, *_of_folders(kind, merged, extras, {one.wrong for one in wrong})]
+        merged = replace(merged, notes=(*merged.notes, *resize.notes(request, merged, extras)))
         if model is not None:
             merged, wrong = base_model.settle(model, request.model.where, merged)
             problems += wrong
@@ -225,6 +223,14 @@ def _workers() -> int:
     shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
     fits = shared >= SHARED_MEMORY and len(tempfile.gettempdir()) <= LONGEST_TMPDIR
     return min(8, os.cpu_count() or 1) if fits else 0
+
+
+def _of_folders(kind: Kind, merged: Merged, extras: Extras, told: set[str]) -> Iterator[Problem]:
+    """What does not go together in a dataset_config's folders; what is `told` of the job is not repeated."""
+    for folder in extras.dataset_config.folders if extras.dataset_config else ():
+        for conflict in rules.of_folder(kind, merged.values, folder.values):
+            if conflict.wrong not in told:
+                yield Problem(folder.where, conflict.wrong, conflict.fix)
 
 
 def _trainer(

@@ -34,6 +34,7 @@ from entrypoint.request import Source, resolve
 from entrypoint.storage import RemoteObject, Storage
 from kohya import config, networks, states, tokenizers
 from kohya.buckets import Size
+from kohya.problem import counted
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -271,14 +272,14 @@ def _say_plan(plan: Plan) -> None:
         for note in plan.reg.notes:
             say(f"check: regularisation pictures: {note}")
         say(
-            f"check: {plan.reg.pictures} regularisation pictures, {plan.reg.repeated} with repeats, of which "
-            "an epoch uses as many as the data set has with repeats"
+            f"check: {counted(plan.reg.pictures, 'regularisation picture')}, {plan.reg.repeated:,} with "
+            "repeats, of which an epoch uses as many as the data set has with repeats"
         )
     precision = plan.merged.settings["mixed_precision"]
     devices = f" on {plan.gpu.count} GPUs" if plan.gpu and plan.gpu.count > 1 else ""
     say(
         f"check: {plan.kind} base model, {plan.model.size / 1e9:.2f} GB; "
-        f"{plan.dataset.pictures} pictures, {plan.dataset.repeated} an epoch with repeats; "
+        f"{counted(plan.dataset.pictures, 'picture')}, {plan.dataset.repeated:,} an epoch with repeats; "
         f"trainer {plan.request.trainer}{devices}; mixed_precision {precision.value} ({precision.where})"
     )
 

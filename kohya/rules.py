@@ -226,10 +226,13 @@ def _sizes(kind: Kind, values: Mapping[str, Any]) -> Iterator[Conflict]:
         yield Conflict("max_bucket_reso", wrong, fix, {"max_bucket_reso": max(sides)})
 
 
-def of_folder(kind: Kind, values: Mapping[str, Any]) -> Iterator[Conflict]:
-    """What does not go together in a dataset_config's folder. `values`: its own over the job's."""
-    sides = resolution(512 if values.get("resolution") is None else values["resolution"])
-    yield from _sizes(kind, {**values, "resolution": ",".join(map(str, sides))})
+def of_folder(kind: Kind, values: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[Conflict]:
+    """What does not go together in a dataset_config's folder. `own`: its values, over the job's."""
+    values = {**values, **own}
+    if not isinstance(values.get("resolution"), str):  # as a dataset_config writes it
+        sides = resolution(512 if values.get("resolution") is None else values["resolution"])
+        values["resolution"] = ",".join(map(str, sides))
+    yield from _sizes(kind, values)
     yield from _caches_of_pictures(values)
 
 
@@ -263,6 +266,7 @@ def _caches(values: Mapping[str, Any]) -> Iterator[Conflict]:
 _NEEDS = (  # an option that is on; another; the value that it must have (None: any that is on)
     ("full_fp16", "mixed_precision", "fp16"),  # train_network.py:815
     ("full_bf16", "mixed_precision", "bf16"),  # :821
+    ("dim_from_weights", "network_weights", None),  # train_network.py:671: they are opened
     ("adaptive_noise_scale", "noise_offset", None),  # train_util.py:4444
     ("scale_v_pred_loss_like_noise_pred", "v_parameterization", None),  # :4446
     ("zero_terminal_snr", "v_parameterization", None),  # :4457, a warning: what is learned is wrong

@@ -99,6 +99,17 @@ def test_a_dataset_configs_own_sizes_and_caches(
     assert "[[datasets]] 1, subset 1" in told(report)
 
 
+def test_a_conflict_of_the_job_is_not_told_again_for_each_folder(job_toml: Look, tmp_path: Path) -> None:
+    tables = "[[datasets]]\n[[datasets.subsets]]\nimage_dir = '2_shape'\ncaption_extension = '.txt'\n"
+    (tmp_path / "data.toml").write_text(tables * 2)
+    asked = "cache_latents = true\nrandom_crop = true\nresolution = 128\nmin_bucket_reso = 256\n"
+    report = job_toml(f"dataset_config = 'data.toml'\n{asked}")
+    assert [problem.where.rpartition("/")[2] for problem in report.problems] == [
+        "job.toml line 5",
+        "job.toml line 3",
+    ]
+
+
 def test_sizes_that_make_no_bucket_are_told_with_pictures_too(flags: list[str]) -> None:
     for size in ("--resolution=0,0", "--resolution=32"):
         report = checked.look([*flags, size, "--bucket_no_upscale=false"], pictures=True)
@@ -270,7 +281,7 @@ def test_what_training_comes_to(flags: list[str], tmp_path: Path) -> None:
     report = checked.look([*flags, "--bucket_no_upscale=false"], pictures=True)
     assert section(report, BUCKETS) == ["  512×512  16"]
     assert section(report, "training")[1] == "  3 epochs, 24 steps"
-    assert sum("smaller than the size that they are trained at" in note for note in report.notes) == 2
+    assert sum("smaller than the size that it is trained at" in note for note in report.notes) == 2
     assert not any("--pictures" in note for note in report.notes)
 
 

@@ -122,7 +122,6 @@ def test_a_vae_that_is_a_pickle(asked: Asked, name: str) -> None:
         ("reg_data_dir = './reg'", "reg"),
         ("network_weights = 'a.safetensors'", "weights"),
         ("base_weights = ['a.safetensors']", "weights"),
-        ("dim_from_weights = true", "weights"),
     ],
 )
 def test_a_path_without_its_channel(asked: Asked, line: str, channel: str) -> None:

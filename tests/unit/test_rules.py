@@ -76,6 +76,7 @@ def test_the_presets_fit(kind: Kind) -> None:
         ("sd15", {"full_fp16": "true"}, "full_fp16 needs mixed_precision = fp16"),
         ("sd15", {"full_bf16": "true"}, "full_bf16 needs mixed_precision = bf16"),
         ("sd15", {"fp8_base": "true"}, "fp8_base needs mixed_precision = fp16 or bf16"),
+        ("sd15", {"dim_from_weights": "true"}, "dim_from_weights needs network_weights"),
         ("sd15", {"adaptive_noise_scale": "0.1", "noise_offset": "0"}, "needs noise_offset"),
         ("sd15", {"scale_v_pred_loss_like_noise_pred": "true"}, "needs v_parameterization"),
         ("sd15", {"v_pred_like_loss": "1", "v_parameterization": "true"}, "exclude each other"),
