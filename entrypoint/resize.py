@@ -43,9 +43,10 @@ def problems(request: JobRequest, merged: Merged, extras: Extras) -> list[Proble
 def notes(request: JobRequest, merged: Merged, extras: Extras) -> Iterator[str]:
     """What comes of pictures that are made smaller than what they are to be trained at."""
     side, described = request.resize, extras.dataset_config
+    if side is None:
+        return
     own = [folder.values for folder in described.folders] if described else [{}]
-    every = dict.fromkeys(Buckets.of({**merged.values, **values}) for values in own)
-    for buckets in every if side is not None else ():
+    for buckets in dict.fromkeys(Buckets.of({**merged.values, **values}) for values in own):
         width, height = buckets.resolution
         if side * side >= width * height:
             continue

@@ -312,6 +312,11 @@ def test_nothing_is_told_of_what_is_not_known(flags: list[str], tmp_path: Path) 
     assert "data set" not in {title for title, _ in report.sections()}
 
 
+def test_what_resizing_takes_away_is_said(flags: list[str]) -> None:
+    report = checked.look([*flags, "--resize=256"])
+    assert any("resize = 256 is below resolution = 512,512" in note for note in report.notes)
+
+
 def test_plain_text_begins_with_the_result(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert checked.run([*flags, "--network_dim=x", "--training_comment=\x1b[2J\na"]) == 2
     out = capsys.readouterr().out

@@ -108,8 +108,8 @@ def test_what_cannot_fit_is_refused_and_what_may_not_is_said() -> None:
     assert notes == []
     assert problems == [
         "NVIDIA A10G: it has 24.1 GB of memory, and the training needs at least 29.9 GB: 22.4 GB for 32 "
-        "pictures at a time, 6.8 GB for the base model's weights, 0.7 GB for the LoRA, its gradient and AdamW. "
-        "Write a smaller train_batch_size than 32, or take a GPU with more."
+        "pictures at a time, 6.8 GB for the base model's weights, 0.7 GB for the LoRA, its gradient and "
+        "AdamW. Write a smaller train_batch_size than 32, or take a GPU with more."
     ]
     for gpu in (None, Gpu("NVIDIA A10G", 8.6, 1)):  # nothing is known of it
         assert told("sdxl", gpu, train_batch_size=32, bucket_no_upscale=False) == ([], [])
