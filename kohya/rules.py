@@ -340,6 +340,10 @@ def _notes(kind: Kind, merged: Merged) -> Iterator[str]:
 
     if kind == "sdxl":
         yield from idle("clip_skip", "SDXL is trained without it")  # sdxl_train_util.py:352
+    rates = values.get("text_encoder_lr")
+    if isinstance(rates, list) and len(set(rates)) > 1:  # train_network.py:741
+        told = f"sd-scripts takes {rates[0]:g} for every text encoder, the first"
+        yield f"{merged.settings['text_encoder_lr'].where}: text_encoder_lr has {len(rates)} rates: {told}"
     named, steps = str(values.get("optimizer_type", "")).lower(), values.get("bucket_reso_steps", 64)
     for name, up in (("min_bucket_reso", 0), ("max_bucket_reso", steps - 1)):
         if not values.get("enable_bucket") or steps < 1 or name not in values:

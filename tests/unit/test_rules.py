@@ -127,6 +127,13 @@ def test_schedules_and_rates_of_other_optimizers_are_left_alone() -> None:
     assert (problems, merged.notes) == ([], ())
 
 
+def test_a_second_rate_of_text_encoders_is_not_used_and_that_is_said() -> None:
+    notes = settle("sd15", text_encoder_lr="5e-5 1e-5")[0].notes
+    told = "text_encoder_lr has 2 rates: sd-scripts takes 5e-05 for every text encoder, the first"
+    assert notes == (f"flag --text_encoder_lr: {told}",)
+    assert settle("sd15", text_encoder_lr="5e-5 5e-5")[0].notes == ()
+
+
 def test_the_modules_that_options_ask_for() -> None:
     assert rules.modules({"optimizer_type": "AdamW", "log_with": "tensorboard"}) == {}
     assert rules.modules({"optimizer_type": "PRODIGY", "network_module": "lycoris.kohya"}) == {
