@@ -107,15 +107,13 @@ def examine(request: JobRequest, gpu: Gpu | None, storage: Storage, here: Here |
     extras, merged, wrong = inputs.find(request, beside, kind, merged, storage)
     problems += wrong
     problems += resize.problems(request, merged, extras)
-    if kind is not None:
-        merged, wrong = rules.settle(kind, merged)
-        problems += [*wrong, *_of_folders(kind, merged, extras, {one.wrong for one in wrong})]
-        merged = replace(merged, notes=(*merged.notes, *resize.notes(request, merged, extras)))
-        if model is not None:
-            merged, wrong = base_model.settle(model, request.model.where, merged)
-            problems += wrong
-        scripts, merged, wrong = _trainer(request, kind, merged, gpu, here=here is not None)
+    merged, wrong = _settled(request, kind, merged, extras, machine)
+    problems += wrong
+    if model is not None:
+        merged, wrong = base_model.settle(model, request.model.where, merged)
         problems += wrong
+    scripts, merged, wrong = _trainer(request, held, merged, gpu, here=here is not None)
+    problems += wrong
     with collecting(problems):
         if here is not None and (scripts is not None or request.trainer == "builtin"):
             compat = compatibility(gpu, scripts.python if scripts else sys.executable)
@@ -223,6 +221,27 @@ def _workers() -> int:
     shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
     fits = shared >= SHARED_MEMORY and len(tempfile.gettempdir()) <= LONGEST_TMPDIR
     return min(8, os.cpu_count() or 1) if fits else 0
+
+
+def _settled(
+    request: JobRequest, kind: Kind | None, merged: Merged, extras: Extras, machine: Sequence[Setting]
+) -> tuple[Merged, list[Problem]]:
+    """The configuration where presets give way to what is asked for, and what does not go together."""
+    if kind is None:
+        return merged, _of_either_kind(merged, machine)
+    merged, problems = rules.settle(kind, merged)
+    merged = replace(merged, notes=(*merged.notes, *resize.notes(request, merged, extras)))
+    return merged, [*problems, *_of_folders(kind, merged, extras, {one.wrong for one in problems})]
+
+
+def _of_either_kind(merged: Merged, machine: Sequence[Setting]) -> list[Problem]:
+    """What does not go together whatever the base model is, for where that could not be told."""
+    own = {name: setting for name, setting in merged.settings.items() if not setting.of_preset}
+    found = []
+    for kind in config.KINDS:
+        usual = config.merge(kind, [config.preset(kind), machine])
+        found.append(rules.settle(kind, replace(usual, settings={**usual.settings, **own}))[1])
+    return [problem for problem in found[0] if problem in found[1]]
 
 
 def _of_folders(kind: Kind, merged: Merged, extras: Extras, told: set[str]) -> Iterator[Problem]:

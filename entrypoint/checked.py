@@ -71,7 +71,8 @@ class Report:
         fetch_bytes    what the job puts on disk before it trains; null where that is not known
         disk_bytes     that, and the room for what the trainer makes
         gpu_memory     {least_bytes, estimated_bytes}; null where the base model could not be told
-        configuration  {option: {value, where}}, as the trainer gets it; a secret's value is "***"
+        configuration  {option: {value, where}}, as the trainer gets it; a secret's value is "***". Without a
+                       kind there are no presets in it
         """
         found, plan = self.found, self.found.plan if self.found else None
         model, need = found.model if found else None, self._need()
@@ -142,6 +143,8 @@ class Report:
     def _values(self) -> Iterator[tuple[str, Any, str]]:
         """The merged configuration, by name, with the place that each value came from."""
         for name, setting in sorted(self.found.merged.settings.items() if self.found else ()):
+            if setting.of_preset and self.found and self.found.kind is None:
+                continue  # of which preset is not known
             yield name, "***" if name in console.SECRET_OPTIONS else setting.value, setting.where
 
 
@@ -180,12 +183,13 @@ def look(arguments: Sequence[str], *, gpu: str | None = None, pictures: bool = F
         return Report((*problems, *error.problems), (), None, None)
     found = examine(request, meant, storage, None)
     problems += found.problems
-    data_sets = [one for one in (found.dataset, found.reg) if one is not None]
+    unread = "dataset_config" in found.merged.values  # and so nothing is left out that another would not be
+    data_sets = [one for one in (found.dataset, found.reg) if one is not None and (one.subsets or not unread)]
     notes = [note for data_set in data_sets for note in data_set.notes] + list(found.merged.notes)
     if meant is UNNAMED:
         notes.append(f"the values suit a GPU with bf16; for another one type --gpu={'|'.join(NAMED)}|none")
     told = None
-    if found.dataset is not None and found.dataset.subsets:
+    if found.dataset is not None and found.dataset.pictures:
         told = facts(found.dataset, found.reg, found.merged.values, processes=processes(request, found.gpu))
     if pictures and found.plan is None:
         notes.append("the pictures were not read: there is no base model or no data set to train")

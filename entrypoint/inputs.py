@@ -18,7 +18,7 @@ from typing import Any
 from entrypoint import checkpoint, dataset, files
 from entrypoint.checkpoint import Header, WrongFile
 from entrypoint.dataset import DataSet
-from entrypoint.failures import Problem, Unfit, collecting
+from entrypoint.failures import Problem, StorageError, Unfit, collecting
 from entrypoint.files import File, Single
 from entrypoint.request import JobRequest, Location, Source
 from entrypoint.storage import Storage
@@ -266,9 +266,19 @@ def _text_beside(
     if not given.endswith(endings):
         wrong = f"{setting.name} = {given!r} has none of the endings {', '.join(endings)}"
         raise Unfit([Problem(setting.where, wrong, "Save it as one of these")])
-    file = files.beside(folder, str(PurePosixPath(given)), storage)
+    try:
+        file = files.beside(folder, str(PurePosixPath(given)), storage)
+    except Unfit as error:
+        raise Unfit([_named(setting, problem) for problem in error.problems]) from error
+    except StorageError as error:
+        raise StorageError(_named(setting, error.problem)) from error
     where = f"{setting.where}: {files.name_of(file)}"
     return where, files.text_of(file, where, storage)
+
+
+def _named(setting: Setting, problem: Problem) -> Problem:
+    """A file's problem, with the option that names the file."""
+    return replace(problem, where=f"{setting.where}: {problem.where}")
 
 
 def _prompts(setting: Setting, folder: Location | None, storage: Storage) -> tuple[str, str]:

@@ -5,6 +5,7 @@ then the rule says what to write instead.
 """
 
 import ast
+import difflib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -138,7 +139,9 @@ def _optimizer(values: Mapping[str, Any]) -> Iterator[Conflict]:
         wrong = f"optimizer_type = {named[:80]} is none that trains a LoRA"
         known = (*OPTIMIZERS, *TORCH_OPTIMIZERS)
         same = [name for name in TORCH_OPTIMIZERS if name.lower() == named.lower()]
-        fix = f"Write {same[0]}" if same else f"Write one of {', '.join(known)}, or package.Class"
+        near = difflib.get_close_matches(named.lower(), known, n=3)
+        told = f"Write one of {', '.join(near or known)}, or package.Class"
+        fix = f"Write {same[0]}" if same else told
         yield Conflict("optimizer_type", wrong, fix)
     for name in ("optimizer_type", "lr_scheduler_type"):
         if not all(part.isidentifier() for part in str(values.get(name) or "x").split(".")):

@@ -99,6 +99,28 @@ def test_a_dataset_configs_own_sizes_and_caches(
     assert "[[datasets]] 1, subset 1" in told(report)
 
 
+def test_what_does_not_go_together_is_told_although_there_is_no_base_model(flags: list[str]) -> None:
+    """But for what may fit one of the kinds: max_bucket_reso is below SDXL's resolution, and not SD1.5's."""
+    flags[0] = "--model_uri=/nowhere/model.safetensors"
+    asked = ["--optimizer_type=adam8bit", "--mixed_precision=fp16", "--max_bucket_reso=800"]
+    report = checked.look([*flags, *asked], gpu="none")
+    assert [problem.where for problem in report.problems] == [
+        "flag --model_uri: /nowhere/model.safetensors",
+        "flag --optimizer_type",
+        "flag --mixed_precision",
+    ]
+    told = report.as_json()["configuration"]
+    assert told["max_bucket_reso"] == {"value": 800, "where": "flag --max_bucket_reso"}
+    assert "network_dim" not in told
+
+
+def test_a_dataset_config_that_cannot_be_read_leaves_nothing_out(job_toml: Look) -> None:
+    report = job_toml("dataset_config = 'data.toml'")
+    assert len(report.problems) == 1
+    assert "left out" not in " ".join(report.notes)
+    assert report.facts is None
+
+
 def test_a_conflict_of_the_job_is_not_told_again_for_each_folder(job_toml: Look, tmp_path: Path) -> None:
     tables = "[[datasets]]\n[[datasets.subsets]]\nimage_dir = '2_shape'\ncaption_extension = '.txt'\n"
     (tmp_path / "data.toml").write_text(tables * 2)

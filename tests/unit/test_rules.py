@@ -31,6 +31,8 @@ def test_the_presets_fit(kind: Kind) -> None:
         ("sd15", {"network_alpha": "0"}, "would become network_dim. Write network_alpha = 32"),
         ("sd15", {"optimizer_type": "AdamX"}, "optimizer_type = AdamX is none that trains a LoRA"),
         ("sd15", {"optimizer_type": "adam"}, "Write Adam"),
+        ("sd15", {"optimizer_type": "adam8bit"}, "Write one of adamw8bit, pagedadamw8bit, adamw, or"),
+        ("sd15", {"optimizer_type": "xyz"}, "Write one of adamw, adafactor, sgdnesterov, lion, prodigy"),
         ("sd15", {"optimizer_type": "LBFGS"}, "none that trains a LoRA"),
         ("sd15", {"use_8bit_adam": "true"}, "Write optimizer_type = AdamW8bit"),
         ("sd15", {"use_lion_optimizer": "true"}, "Write optimizer_type = Lion"),
