@@ -216,7 +216,8 @@ class _Session:
         self.batch = shape[0] if self._fixed else _BATCH
         tried = self.probabilities(np.full((1, self.side, self.side, 3), 255, np.float32))
         if tried.shape != (1, len(tagger.tags)):
-            raise self._unfit(f"it gives {tried.shape[-1]} numbers, and {TAGS} has {len(tagger.tags)} tags")
+            numbers = counted(tried.shape[-1], "number")
+            raise self._unfit(f"it gives {numbers}, and {TAGS} has {counted(len(tagger.tags), 'tag')}")
         if not ((tried >= 0) & (tried <= 1)).all():  # not so where it is NaN either
             raise self._unfit("what it gives is no probability from 0 to 1")
 

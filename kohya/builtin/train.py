@@ -169,7 +169,7 @@ class _Run:
         if options.save_state or options.save_state_on_train_end:
             self._save_state(f"{options.output_name or 'last'}-state")
         path = self._save_lora(options.output_name or "last", self.epochs)
-        _say(f"training is done: {at.current_step} steps, average loss {at.average:.4f}")
+        _say(f"training is done: {counted(at.current_step, 'step')}, average loss {at.average:.4f}")
         return path
 
     def _epoch(self, stop: Stop) -> None:

@@ -282,7 +282,7 @@ def section(report: Report, title: str) -> list[str]:
 BUCKETS = "buckets, and how many pictures an epoch has in each"
 
 
-def test_what_training_comes_to(flags: list[str], tmp_path: Path) -> None:
+def test_what_training_comes_to(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the listing the least; from the pictures what it is, with the buckets and what was seen."""
     reg = write_dataset(tmp_path / "reg", side=160)
     (reg / "2_shape").rename(reg / "1_shape")
@@ -305,6 +305,18 @@ def test_what_training_comes_to(flags: list[str], tmp_path: Path) -> None:
     assert section(report, "training")[1] == "  3 epochs, 24 steps"
     assert sum("smaller than the size that it is trained at" in note for note in report.notes) == 2
     assert not any("--pictures" in note for note in report.notes)
+    assert capsys.readouterr().out == ""  # all of it stands in the report
+
+
+@pytest.mark.parametrize(("trainer", "steps"), [("sd-scripts", 20), ("builtin", 40)])
+def test_two_gpus_share_the_steps(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str, steps: int
+) -> None:
+    write_nvidia_smi(tmp_path / "bin", *["Tesla T4, 7.5, 580.65.06"] * 2)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    for pictures in (False, True):
+        report = checked.look([*flags, f"--trainer={trainer}", "--max_train_epochs=10"], pictures=pictures)
+        assert report.as_json()["facts"]["steps"] == steps
 
 
 def test_many_folders_and_buckets_are_told_in_a_few_lines(flags: list[str], tmp_path: Path) -> None:
