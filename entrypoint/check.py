@@ -96,7 +96,7 @@ def examine(request: JobRequest, gpu: Gpu | None, storage: Storage, here: Here |
     with collecting(problems):
         model, kind = base_model.find(request, storage)
     with collecting(problems):
-        toml, beside = _toml(request, storage)
+        toml, beside = _toml(request, storage, problems)
     request, toml = _esd_captioning(request, toml)
     with collecting(problems):
         tagger = captions.find(request, storage, here=here is not None)
@@ -140,20 +140,21 @@ def examine(request: JobRequest, gpu: Gpu | None, storage: Storage, here: Here |
     return Findings(tuple(problems), merged, gpu, kind, model, data_set, reg, plan)
 
 
-def _toml(request: JobRequest, storage: Storage) -> tuple[list[Setting], Location | None]:
-    """The settings of the user's TOML, and the folder that it lies in; none where there is none."""
+def _toml(
+    request: JobRequest, storage: Storage, problems: list[Problem]
+) -> tuple[list[Setting], Location | None]:
+    """The settings of the user's TOML, as far as it can be read, and the folder that it lies in."""
     if request.config is None:
         return [], None
     found = _configuration(request, request.config, storage)
     if found is None:
         return [], request.config.location
     file, text = found
-    settings, problems = config.read(text, files.name_of(file), any_depth=request.flat)
+    settings, wrong = config.read(text, files.name_of(file), any_depth=request.flat)
+    problems += wrong
     for setting in settings:
         if setting.name in console.SECRET_OPTIONS:
             console.hide(map(str, setting.value if isinstance(setting.value, list) else [setting.value]))
-    if problems:
-        raise Unfit(problems)
     return list(settings), files.folder_of(file)
 
 

@@ -66,8 +66,8 @@ class Report:
         facts          {folders: [{folder, pictures, repeats, captions, bytes, is_reg}],
                        buckets: [{width, height, pictures}], pictures, with_repeats, bytes, batches, steps,
                        epochs, in_epochs, exact}: what training comes to, as entrypoint/facts.py tells it.
-                       Without --pictures there are no buckets, and batches are the least. null where no
-                       picture could be found
+                       Without --pictures there are no buckets, and batches are the least. null where there is
+                       no picture, or no kind and so no preset
         fetch_bytes    what the job puts on disk before it trains; null where that is not known
         disk_bytes     that, and the room for what the trainer makes
         gpu_memory     {least_bytes, estimated_bytes}; null where the base model could not be told
@@ -86,7 +86,7 @@ class Report:
             "gpu": found.gpu.name if found and found.gpu else None,
             "kind": found.kind if found else None,
             "model": {"file": files.name_of(model.file), "bytes": model.size} if model else None,
-            "facts": self.facts.as_json() if self.facts else None,
+            "facts": self.facts.as_json() if self.facts and found and found.kind else None,
             "fetch_bytes": to_fetch(plan) if plan else None,
             "disk_bytes": to_fetch(plan) + OUTPUT_BYTES if plan else None,
             "gpu_memory": {"least_bytes": int(need.least), "estimated_bytes": int(need.estimate)}
@@ -203,7 +203,7 @@ def look(arguments: Sequence[str], *, gpu: str | None = None, pictures: bool = F
                 notes += [*looked.dataset.notes, *(looked.reg.notes if looked.reg else ())]
             except StorageError as error:
                 problems.append(Outage(**asdict(error.problem)))
-    elif told is not None and not told.exact:
+    elif found.plan is not None and told is not None and not told.exact:
         notes.append("buckets, and the exact number of batches, show with --pictures")
     return Report(tuple(problems), tuple(notes), request, found, told)
 

@@ -114,6 +114,16 @@ def test_what_does_not_go_together_is_told_although_there_is_no_base_model(flags
     assert "network_dim" not in told
 
 
+def test_a_toml_with_a_mistake_is_read_all_the_same(job_toml: Look) -> None:
+    report = job_toml('seed = 1\nseed = 2\nlr_scheduler = "cosin"\n[a.b]\nx = 1\n[c]\nunet_lr = "fast"')
+    assert [problem.where.rpartition("/")[2] for problem in report.problems] == [
+        "job.toml line 1 and 2",
+        "job.toml",
+        "job.toml line 7",
+        "job.toml line 3",
+    ]
+
+
 def test_a_dataset_config_that_cannot_be_read_leaves_nothing_out(job_toml: Look) -> None:
     report = job_toml("dataset_config = 'data.toml'")
     assert len(report.problems) == 1
@@ -337,8 +347,11 @@ def test_many_folders_and_buckets_are_told_in_a_few_lines(flags: list[str], tmp_
 
 def test_nothing_is_told_of_what_is_not_known(flags: list[str], tmp_path: Path) -> None:
     """Without a base model its preset, and so the number of steps; without pictures all of it."""
-    titles = {title for title, rows in checked.look(["--model_uri=/nowhere", flags[1]]).sections() if rows}
+    report = checked.look(["--model_uri=/nowhere", flags[1]])
+    titles = {title for title, rows in report.sections() if rows}
     assert "data set" in titles
+    assert report.as_json()["facts"] is None
+    assert not any("--pictures" in note for note in report.notes)
     assert not titles & {"training", BUCKETS}
     (tmp_path / "empty").mkdir()
     report = checked.look([flags[0], f"--dataset_uri={tmp_path / 'empty'}"])
