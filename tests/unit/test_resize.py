@@ -81,6 +81,7 @@ def test_sizes(size: tuple[int, int], side: int, crop: bool, becomes: tuple[int,
         ("512", {"bucket_no_upscale": False}, "pictures lose detail, and are enlarged again"),
         ("512", {"enable_bucket": False}, "pictures lose detail, and are enlarged again"),
         ("512", {"resolution": "1024,512"}, "resize = 512 is below resolution = 1024,512"),
+        ("725", {"resolution": "1024,512"}, ""),  # a square has as many pixels
         ("512", {"resolution": "512"}, ""),
         ("1024", {}, ""),
     ],
