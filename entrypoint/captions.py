@@ -30,6 +30,7 @@ from entrypoint.pictures import opened, plain
 from entrypoint.rate import Rate
 from entrypoint.request import Captioning, JobRequest, Source
 from entrypoint.storage import Storage
+from kohya.problem import counted
 
 MODEL, TAGS = "model.onnx", "selected_tags.csv"
 BUILT_IN = Path("/opt/tagger")  # where an image may hold one; TAGGER_DIR names another folder
@@ -144,14 +145,17 @@ def write(
     root: Path,
     links: Mapping[Path, str],
     given: Mapping[str, File],
-) -> dict[str, Path]:
-    """Write the captions that are missing in the trainer's tree. Returns them by path below the data set.
+    written: dict[str, Path],
+) -> None:
+    """Write the captions that are missing in the trainer's tree.
 
     `model`: the tagger's model on disk; `root`: the tree; `links`: of each file in it the path below the data
-    set's root; `given`: the file by that path. Raises Unfit where the model or a picture cannot be used.
+    set's root; `given`: the file by that path. Each caption that is whole comes into `written`, by its path
+    below the data set: whatever happens then, it is known. Raises Unfit where the model or a picture cannot
+    be used.
     """
     if tagger is None or model is None:
-        return {}
+        return
     extensions = {root / subset.folder: subset.caption_extension for subset in data_set.subsets}
     captions: dict[str, list[Path]] = defaultdict(list)  # a dataset_config may name a folder twice
     pictures: dict[str, Path] = {}
@@ -164,13 +168,14 @@ def write(
             captions[path].append(caption)
             pictures[path] = made
     say(
-        f"prepare: {len(pictures)} of {len(total)} pictures have no caption; {tagger.where} writes them: "
+        f"prepare: {len(pictures)} of {counted(len(total), 'picture')} without a caption; "
+        f"{tagger.where} writes what is missing: "
         f"general tags from {tagger.asked.general:g} on, characters from {tagger.asked.character:g} on"
     )
     if tagger.asked.note:
         say(f"prepare: {tagger.asked.note}")
     if not pictures:
-        return {}
+        return
     names = {path: files.name_of(given[path]) for path in pictures}
     rate, unsure = Rate("prepare: captioning", len(pictures)), []
     for path, probabilities in _tagged(_Session(tagger, model), pictures, names):
@@ -180,17 +185,13 @@ def write(
         for caption in captions[path]:
             with caption.open("x", encoding="utf-8") as file:  # never over one that is there
                 file.write(", ".join(tags) + "\n")
+            written[str(PurePosixPath(path).with_suffix(extensions[caption.parent]))] = caption
         rate.add(1)
     if unsure:
         more = f" and {len(unsure) - _SHOWN} more" if len(unsure) > _SHOWN else ""
         shown = ", ".join(unsure[:_SHOWN])
         say(f"prepare: no tag is likely enough, and the likeliest alone is the caption: {shown}{more}")
-    say(f"prepare: {len(pictures)} captions written, {rate}")
-    return {
-        str(PurePosixPath(path).with_suffix(extensions[caption.parent])): caption
-        for path, made in captions.items()
-        for caption in made
-    }
+    say(f"prepare: {counted(len(pictures), 'caption')} written, {rate}")
 
 
 class _Session:
@@ -215,7 +216,8 @@ class _Session:
         self.batch = shape[0] if self._fixed else _BATCH
         tried = self.probabilities(np.full((1, self.side, self.side, 3), 255, np.float32))
         if tried.shape != (1, len(tagger.tags)):
-            raise self._unfit(f"it gives {tried.shape[-1]} numbers, and {TAGS} has {len(tagger.tags)} tags")
+            numbers = counted(tried.shape[-1], "number")
+            raise self._unfit(f"it gives {numbers}, and {TAGS} has {counted(len(tagger.tags), 'tag')}")
         if not ((tried >= 0) & (tried <= 1)).all():  # not so where it is NaN either
             raise self._unfit("what it gives is no probability from 0 to 1")
 

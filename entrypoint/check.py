@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -100,7 +100,7 @@ def examine(request: JobRequest, gpu: Gpu | None, storage: Storage, here: Here |
     with collecting(problems):
         model, kind = base_model.find(request, storage)
     with collecting(problems):
-        toml, beside = _toml(request, storage)
+        toml, beside = _toml(request, storage, problems)
     request, toml = _esd_captioning(request, toml)
     with collecting(problems):
         tagger = captions.find(request, storage, here=here is not None)
@@ -111,17 +111,13 @@ def examine(request: JobRequest, gpu: Gpu | None, storage: Storage, here: Here |
     extras, merged, wrong = inputs.find(request, beside, kind, merged, storage)
     problems += wrong
     problems += resize.problems(request, merged, extras)
-    if kind is not None:
-        merged, wrong = rules.settle(kind, merged)
+    merged, wrong = _settled(request, kind, merged, extras, machine)
+    problems += wrong
+    if model is not None:
+        merged, wrong = base_model.settle(model, request.model.where, merged)
         problems += wrong
-        for folder in extras.dataset_config.folders if extras.dataset_config else ():
-            for conflict in rules.of_folder(kind, {**merged.values, **folder.values}):
-                problems.append(Problem(folder.where, conflict.wrong, conflict.fix))
-        if model is not None:
-            merged, wrong = base_model.settle(model, request.model.where, merged)
-            problems += wrong
-        scripts, merged, wrong = _trainer(request, kind, merged, gpu, here=here is not None)
-        problems += wrong
+    scripts, merged, wrong = _trainer(request, held, merged, gpu, here=here is not None)
+    problems += wrong
     with collecting(problems):
         if here is not None and (scripts is not None or request.trainer == "builtin"):
             compat = compatibility(gpu, scripts.python if scripts else sys.executable)
@@ -177,20 +173,21 @@ def _going_on(plan: Plan, here: Here | None, storage: Storage, problems: list[Pr
     return replace(plan, run=run, states=found)
 
 
-def _toml(request: JobRequest, storage: Storage) -> tuple[list[Setting], Location | None]:
-    """The settings of the user's TOML, and the folder that it lies in; none where there is none."""
+def _toml(
+    request: JobRequest, storage: Storage, problems: list[Problem]
+) -> tuple[list[Setting], Location | None]:
+    """The settings of the user's TOML, as far as it can be read, and the folder that it lies in."""
     if request.config is None:
         return [], None
     found = _configuration(request, request.config, storage)
     if found is None:
         return [], request.config.location
     file, text = found
-    settings, problems = config.read(text, files.name_of(file), any_depth=request.flat)
+    settings, wrong = config.read(text, files.name_of(file), any_depth=request.flat)
+    problems += wrong
     for setting in settings:
         if setting.name in console.SECRET_OPTIONS:
             console.hide(map(str, setting.value if isinstance(setting.value, list) else [setting.value]))
-    if problems:
-        raise Unfit(problems)
     return list(settings), files.folder_of(file)
 
 
@@ -258,6 +255,35 @@ def _workers() -> int:
     shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
     fits = shared >= SHARED_MEMORY and len(tempfile.gettempdir()) <= LONGEST_TMPDIR
     return min(8, os.cpu_count() or 1) if fits else 0
+
+
+def _settled(
+    request: JobRequest, kind: Kind | None, merged: Merged, extras: Extras, machine: Sequence[Setting]
+) -> tuple[Merged, list[Problem]]:
+    """The configuration where presets give way to what is asked for, and what does not go together."""
+    if kind is None:
+        return merged, _of_either_kind(merged, machine)
+    merged, problems = rules.settle(kind, merged)
+    merged = replace(merged, notes=(*merged.notes, *resize.notes(request, merged, extras)))
+    return merged, [*problems, *_of_folders(kind, merged, extras, {one.wrong for one in problems})]
+
+
+def _of_either_kind(merged: Merged, machine: Sequence[Setting]) -> list[Problem]:
+    """What does not go together whatever the base model is, for where that could not be told."""
+    own = {name: setting for name, setting in merged.settings.items() if not setting.of_preset}
+    found = []
+    for kind in config.KINDS:
+        usual = config.merge(kind, [config.preset(kind), machine])
+        found.append(rules.settle(kind, replace(usual, settings={**usual.settings, **own}))[1])
+    return [problem for problem in found[0] if problem in found[1]]
+
+
+def _of_folders(kind: Kind, merged: Merged, extras: Extras, told: set[str]) -> Iterator[Problem]:
+    """What does not go together in a dataset_config's folders; what is `told` of the job is not repeated."""
+    for folder in extras.dataset_config.folders if extras.dataset_config else ():
+        for conflict in rules.of_folder(kind, merged.values, folder.values):
+            if conflict.wrong not in told:
+                yield Problem(folder.where, conflict.wrong, conflict.fix)
 
 
 def _trainer(
@@ -355,6 +381,11 @@ def _lacking(found: SdScripts, merged: Merged) -> list[Problem]:
         wrong = f"{lacking} cannot be imported by {found.python}"
         problems.append(Problem(merged.settings[name].where, wrong, "Correct its name"))
     return problems
+
+
+def processes(request: JobRequest, gpu: Gpu | None) -> int:
+    """How many processes train together: one on each GPU, but for the built-in trainer."""
+    return gpu.count if gpu and request.trainer == "sd-scripts" else 1
 
 
 def to_fetch(plan: Plan) -> int:

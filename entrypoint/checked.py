@@ -7,6 +7,7 @@ tried: a person's credentials are not the job's.
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,16 +16,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from entrypoint import console, files, job, memory
-from entrypoint.check import OUTPUT_BYTES, Findings, examine, to_fetch
+from entrypoint.check import OUTPUT_BYTES, Findings, examine, processes, to_fetch
 from entrypoint.contract import Tree
-from entrypoint.dataset import DataSet
+from entrypoint.facts import Facts, Row, facts
 from entrypoint.failures import Outage, Problem, StorageError, Unfit, collecting
 from entrypoint.gpu import NAMED, UNNAMED, Gpu, find_gpu
 from entrypoint.request import JobRequest, resolve
 from entrypoint.storage import Storage
 from kohya import config
+from kohya.problem import counted
 
 WIDTH = 80  # columns on a terminal
+_FOLDERS, _BUCKETS = 12, 12  # shown; the JSON has all
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Report:
     notes: tuple[str, ...]
     request: JobRequest | None  # None where it does not become clear what the inputs are
     found: Findings | None
+    facts: Facts | None = None  # None where there is no picture
 
     @property
     def exit_code(self) -> int:
@@ -44,7 +48,7 @@ class Report:
     @property
     def result(self) -> str:
         """The first line."""
-        count = f"{len(self.problems)} problem{'' if len(self.problems) == 1 else 's'}"
+        count = counted(len(self.problems), "problem")
         return {0: "fit", 1: f"not known: storage did not answer; {count}", 2: f"unfit: {count}"}[
             self.exit_code
         ]
@@ -59,11 +63,16 @@ class Report:
         trainer, gpu   names; null where they are not known
         kind           sd15 or sdxl; null where the base model could not be told
         model          {file, bytes}; null where it could not be told
-        dataset, reg   {pictures, with_repeats, without_caption, folders: [{name, repeats, pictures}]};
-                       null where there is none or it could not be listed
+        facts          {folders: [{folder, pictures, repeats, captions, bytes, is_reg}],
+                       buckets: [{width, height, pictures}], pictures, with_repeats, bytes, batches, steps,
+                       epochs, in_epochs, exact}: what training comes to, as entrypoint/facts.py tells it.
+                       Without --pictures there are no buckets, and batches are the least. null where there is
+                       no picture, or no kind and so no preset
         fetch_bytes    what the job puts on disk before it trains; null where that is not known
+        disk_bytes     that, and the room for what the trainer makes
         gpu_memory     {least_bytes, estimated_bytes}; null where the base model could not be told
-        configuration  {option: {value, where}}, as the trainer gets it; a secret's value is "***"
+        configuration  {option: {value, where}}, as the trainer gets it; a secret's value is "***". Without a
+                       kind there are no presets in it
         """
         found, plan = self.found, self.found.plan if self.found else None
         model, need = found.model if found else None, self._need()
@@ -77,9 +86,9 @@ class Report:
             "gpu": found.gpu.name if found and found.gpu else None,
             "kind": found.kind if found else None,
             "model": {"file": files.name_of(model.file), "bytes": model.size} if model else None,
-            "dataset": _pictures(found.dataset) if found else None,
-            "reg": _pictures(found.reg) if found else None,
+            "facts": self.facts.as_json() if self.facts and found and found.kind else None,
             "fetch_bytes": to_fetch(plan) if plan else None,
+            "disk_bytes": to_fetch(plan) + OUTPUT_BYTES if plan else None,
             "gpu_memory": {"least_bytes": int(need.least), "estimated_bytes": int(need.estimate)}
             if need
             else None,
@@ -96,14 +105,14 @@ class Report:
         if found.model:
             size = f"{found.kind}, {found.model.size / 1e9:.2f} GB"
             yield "base model", [(size, files.name_of(found.model.file))]
-        for title, data_set in (("data set", found.dataset), ("regularisation pictures", found.reg)):
-            if data_set is not None:
-                yield title, list(_rows(data_set))
+        if self.facts:
+            yield from self._training(self.facts, found)
         rows = [("trainer", self.request.trainer), ("GPU", found.gpu.name if found.gpu else "none")]
         if need := self._need():
             rows.append(("GPU memory", str(need)))
         if found.plan:
-            rows.append(("disk", f"{(to_fetch(found.plan) + OUTPUT_BYTES) / 1e9:.1f} GB"))
+            room = f"{(to_fetch(found.plan) + OUTPUT_BYTES) / 1e9:.1f} GB"
+            rows.append(("disk", f"{room}, of which {OUTPUT_BYTES / 1e9:.1f} GB are for what is made"))
         yield "job", rows
         yield (
             "configuration",
@@ -113,6 +122,20 @@ class Report:
             ],
         )
 
+    def _training(self, facts: Facts, found: Findings) -> Iterator[tuple[str, Sequence[Row]]]:
+        """What is trained on, and what training comes to: not where its length is that of some preset."""
+        folders, buckets, (batches, *run) = facts.rows(_FOLDERS, _BUCKETS)
+        besides = f", and {found.reg.pictures:,} for regularisation" if found.reg else ""
+        if len(facts.folders) > 1:
+            folders.append(("together", counted(facts.pictures, "picture") + besides))
+        yield "data set", folders
+        if found.kind is None:
+            return
+        yield "buckets, and how many pictures an epoch has in each", buckets
+        besides = " and as many for regularisation" if found.reg else ""
+        epoch = f"{batches}, of {counted(facts.with_repeats, 'picture')} with repeats{besides}"
+        yield "training", [(epoch,), (", ".join(run),)]
+
     def _need(self) -> memory.Need | None:
         kind = self.found.kind if self.found else None
         return memory.need(kind, self.found.merged.values) if kind and self.found else None
@@ -120,6 +143,8 @@ class Report:
     def _values(self) -> Iterator[tuple[str, Any, str]]:
         """The merged configuration, by name, with the place that each value came from."""
         for name, setting in sorted(self.found.merged.settings.items() if self.found else ()):
+            if setting.of_preset and self.found and self.found.kind is None:
+                continue  # of which preset is not known
             yield name, "***" if name in console.SECRET_OPTIONS else setting.value, setting.where
 
 
@@ -158,19 +183,29 @@ def look(arguments: Sequence[str], *, gpu: str | None = None, pictures: bool = F
         return Report((*problems, *error.problems), (), None, None)
     found = examine(request, meant, storage, None)
     problems += found.problems
-    data_sets = [one for one in (found.dataset, found.reg) if one is not None]
+    unread = "dataset_config" in found.merged.values  # and so nothing is left out that another would not be
+    data_sets = [one for one in (found.dataset, found.reg) if one is not None and (one.subsets or not unread)]
     notes = [note for data_set in data_sets for note in data_set.notes] + list(found.merged.notes)
     if meant is UNNAMED:
         notes.append(f"the values suit a GPU with bf16; for another one type --gpu={'|'.join(NAMED)}|none")
+    told = None
+    if found.dataset is not None and found.dataset.pictures:
+        told = facts(found.dataset, found.reg, found.merged.values, processes=processes(request, found.gpu))
     if pictures and found.plan is None:
         notes.append("the pictures were not read: there is no base model or no data set to train")
     elif pictures and found.plan is not None:
         with collecting(problems):
             try:
-                job.look(job.fetch(found.plan, storage, pictures_only=True))
+                inputs = job.fetch(found.plan, storage, pictures_only=True)
+                with redirect_stdout(io.StringIO()):  # the report tells it all
+                    looked = job.look(inputs)
+                told = looked.facts
+                notes += [*looked.dataset.notes, *(looked.reg.notes if looked.reg else ())]
             except StorageError as error:
                 problems.append(Outage(**asdict(error.problem)))
-    return Report(tuple(problems), tuple(notes), request, found)
+    elif found.plan is not None and told is not None and not told.exact:
+        notes.append("buckets, and the exact number of batches, show with --pictures")
+    return Report(tuple(problems), tuple(notes), request, found, told)
 
 
 def plain(report: Report) -> Iterator[str]:
@@ -215,32 +250,6 @@ def _gpu(name: str | None, problems: list[Problem]) -> Gpu | None:
         wrong = f"{name!r} is not one of {', '.join(NAMED)}, none"
         problems.append(Problem("flag --gpu", wrong, config.nearest(name.lower(), NAMED)))
     return NAMED.get(name.lower(), UNNAMED)
-
-
-def _pictures(data_set: DataSet | None) -> dict[str, Any] | None:
-    if data_set is None:
-        return None
-    return {
-        "pictures": data_set.pictures,
-        "with_repeats": data_set.repeated,
-        "without_caption": sum(_without_caption(subset.pictures) for subset in data_set.subsets),
-        "folders": [
-            {"name": subset.folder, "repeats": subset.repeats, "pictures": len(subset.pictures)}
-            for subset in data_set.subsets
-        ],
-    }
-
-
-def _rows(data_set: DataSet) -> Iterator[tuple[str, ...]]:
-    for subset in data_set.subsets:
-        lacking = _without_caption(subset.pictures)
-        captions = f"{lacking} without a caption" if lacking else "all with a caption"
-        yield subset.folder, f"{len(subset.pictures)} pictures × {subset.repeats}, {captions}"
-    yield "together", f"{data_set.pictures} pictures, {data_set.repeated} an epoch"
-
-
-def _without_caption(pictures: Sequence[Any]) -> int:
-    return sum(picture.caption is None for picture in pictures)
 
 
 def _shown(text: str) -> str:

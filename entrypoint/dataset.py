@@ -8,7 +8,7 @@ x.png has its caption in x.txt. Whatever does not fit it leaves out without an e
 import posixpath
 import re
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -57,12 +57,23 @@ class DataSet:
 
     @property
     def pictures(self) -> int:
-        return sum(len(subset.pictures) for subset in self.subsets)
+        return sum(len(subset.pictures) for subset in self._once)
+
+    @property
+    def bytes(self) -> int:
+        """Of its pictures and captions."""
+        return sum(subset.bytes for subset in self._once)
 
     @property
     def repeated(self) -> int:
         """Pictures in one epoch, repeats counted."""
         return sum(len(subset.pictures) * subset.repeats for subset in self.subsets)
+
+    @property
+    def _once(self) -> Collection[Subset]:
+        """One subset for each folder: a dataset_config may name one twice."""
+        by_folder = {posixpath.dirname(one.pictures[0].path): one for one in self.subsets if one.pictures}
+        return by_folder.values()
 
     @property
     def files(self) -> list[str]:

@@ -1,6 +1,6 @@
 """What training on a data set will come to: pictures, buckets, batches, steps, epochs, bytes.
 
-As sd-scripts counts (kohya/buckets.py has the sources). Kept in job.json and said in the log.
+As sd-scripts counts (kohya/buckets.py has the sources). Kept in job.json, and told by the log and by `check`.
 """
 
 import math
@@ -12,8 +12,10 @@ from typing import Any
 
 from entrypoint.dataset import DataSet, Subset, made_name
 from kohya.buckets import Buckets, Size, reg_repeats, steps
+from kohya.problem import counted
 
-_FOLDERS_SHOWN, _BUCKETS_SHOWN = 4, 6
+_FOLDERS_SHOWN, _BUCKETS_SHOWN = 4, 6  # in a log
+Row = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,16 @@ class FolderFacts:
     bytes: int  # of pictures and captions
     is_reg: bool
 
+    @property
+    def row(self) -> Row:
+        """Its name, and what is in it."""
+        return (
+            f"{self.folder}{' (regularisation)' if self.is_reg else ''}",
+            f"{counted(self.pictures, 'picture')} × {self.repeats}",
+            counted(self.captions, "caption"),
+            _megabytes(self.bytes),
+        )
+
 
 @dataclass(frozen=True)
 class BucketFacts:
@@ -36,6 +48,10 @@ class BucketFacts:
     height: int
     pictures: int  # in an epoch, repeats and regularisation pictures counted
 
+    @property
+    def size(self) -> str:
+        return f"{self.width}×{self.height}"
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -43,36 +59,43 @@ class Facts:
 
     folders: tuple[FolderFacts, ...]
     buckets: tuple[BucketFacts, ...]  # the smallest width first
-    pictures: int
+    pictures: int  # without regularisation pictures; where a folder is named twice, each counts once
     with_repeats: int  # in an epoch, without regularisation pictures
-    bytes: int
+    bytes: int  # of all folders, each counted once
     batches: int  # in an epoch, of all GPUs together
     steps: int  # optimizer steps of the whole run
     epochs: int
-    exact: bool  # if not, batches and steps are the least that there can be
+    in_epochs: bool  # whether max_train_epochs says how long it takes; if not, max_train_steps
+    exact: bool  # if not, batches are the least that there can be, and steps in_epochs; else epochs the most
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def rows(self, folders: int, buckets: int) -> tuple[list[Row], list[Row], Row]:
+        """What to tell of the folders, the buckets and the run; at most so many folders and buckets."""
+        shown = [one.row for one in self.folders[:folders]]
+        if left := self.folders[folders:]:
+            pictures = counted(sum(one.pictures for one in left), "picture")
+            shown.append((f"and {counted(len(left), 'more folder')}", pictures))
+        largest = sorted(self.buckets, key=lambda one: -one.pictures)
+        sizes: list[Row] = [(one.size, f"{one.pictures:,}") for one in largest[:buckets]]
+        if left_over := largest[buckets:]:
+            sizes.append((f"and {len(left_over):,} more", f"{sum(one.pictures for one in left_over):,}"))
+        least, most = ("", "") if self.exact else ("at least ", "at most ")
+        run = (
+            f"{least}{counted(self.batches, 'batch', 'batches')} an epoch",
+            f"{'' if self.in_epochs else most}{counted(self.epochs, 'epoch')}",
+            f"{least if self.in_epochs else ''}{counted(self.steps, 'step')}",
+        )
+        return shown, sizes, run
+
     def lines(self) -> list[str]:
         """At most seven lines for a log."""
-        told = [
-            f"{one.folder}{' (regularisation)' if one.is_reg else ''}: "
-            f"{one.pictures} pictures × {one.repeats}, {one.captions} captions, {one.bytes / 1e6:.1f} MB"
-            for one in self.folders[:_FOLDERS_SHOWN]
-        ]
-        if more := len(self.folders) - _FOLDERS_SHOWN:
-            told += [f"and {more} more folders"] if more > 0 else []
-        if self.buckets:
-            largest = sorted(self.buckets, key=lambda one: -one.pictures)
-            shown = ", ".join(f"{one.width}×{one.height}: {one.pictures}" for one in largest[:_BUCKETS_SHOWN])
-            more = len(largest) - _BUCKETS_SHOWN
-            told.append(f"buckets {shown}{f', and {more} more' if more > 0 else ''}")
-        least = "" if self.exact else "at least "
-        told.append(
-            f"{least}{self.batches} batches an epoch, {self.epochs} epochs, {least}{self.steps} steps"
-        )
-        return told
+        folders, buckets, run = self.rows(_FOLDERS_SHOWN, _BUCKETS_SHOWN)
+        told = [f"{name}: {', '.join(rest)}" for name, *rest in folders]
+        if buckets:
+            told.append(f"buckets {', '.join(map(': '.join, buckets))}")
+        return [*told, ", ".join(run)]
 
 
 def facts(
@@ -108,12 +131,17 @@ def facts(
         tuple(BucketFacts(*size, pictures) for size, pictures in sorted(counted.items())) if sizes else (),
         data_set.pictures,
         data_set.repeated,
-        sum(folder.bytes for folder in folders),
+        data_set.bytes + (reg.bytes if reg else 0),
         batches,
         count,
         epochs,
+        values.get("max_train_epochs") is not None,
         exact,
     )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
 
 
 _Placed = tuple[Subset, Sequence[Size] | None]

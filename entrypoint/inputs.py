@@ -18,13 +18,14 @@ from typing import Any
 from entrypoint import checkpoint, dataset, files
 from entrypoint.checkpoint import Header, WrongFile
 from entrypoint.dataset import DataSet
-from entrypoint.failures import Problem, Unfit, collecting
+from entrypoint.failures import Problem, StorageError, Unfit, collecting
 from entrypoint.files import File, Single
 from entrypoint.request import JobRequest, Location, Source
 from entrypoint.storage import Storage
 from kohya import config, dataset_config, networks
 from kohya.config import Kind, Merged, Setting
 from kohya.dataset_config import DatasetConfig
+from kohya.problem import counted
 
 BESIDE = ("dataset_config", "sample_prompts")  # name a file beside the configuration
 PLACED = frozenset({"vae", "reg_data_dir"})  # the channel's, whatever the user wrote
@@ -113,9 +114,6 @@ def _without_channel(request: JobRequest, merged: Merged) -> Iterator[Problem]:
             wrong = f"{option} names a file or folder, and there is no channel {channel}"
             fix = f"Add a channel {channel}, or type --{channel}_uri=s3://BUCKET/{channel}, or remove it"
             yield Problem(merged.settings[option].where, wrong, fix)
-    if merged.values.get("dim_from_weights") and request.weights is None:
-        wrong, fix = "dim_from_weights wants network_weights", "Add a channel weights, or remove it"
-        yield Problem(merged.settings["dim_from_weights"].where, wrong, fix)
 
 
 def _drawing_problems(merged: Merged) -> Iterator[Problem]:
@@ -165,7 +163,8 @@ def _loras(
         found[option] = tuple(Single(there[name], source.streamed) for name in names if name in there)
     multipliers = merged.values.get("base_weights_multiplier") or []
     if len(multipliers) > len(found.get("base_weights", ())):
-        wrong = f"base_weights_multiplier has {len(multipliers)} numbers, more than there are base_weights"
+        numbers = counted(len(multipliers), "number")
+        wrong = f"base_weights_multiplier has {numbers}, more than there are base_weights"
         problems.append(Problem(merged.settings["base_weights_multiplier"].where, wrong, "Give one for each"))
     return merged, found, problems
 
@@ -267,9 +266,19 @@ def _text_beside(
     if not given.endswith(endings):
         wrong = f"{setting.name} = {given!r} has none of the endings {', '.join(endings)}"
         raise Unfit([Problem(setting.where, wrong, "Save it as one of these")])
-    file = files.beside(folder, str(PurePosixPath(given)), storage)
+    try:
+        file = files.beside(folder, str(PurePosixPath(given)), storage)
+    except Unfit as error:
+        raise Unfit([_named(setting, problem) for problem in error.problems]) from error
+    except StorageError as error:
+        raise StorageError(_named(setting, error.problem)) from error
     where = f"{setting.where}: {files.name_of(file)}"
     return where, files.text_of(file, where, storage)
+
+
+def _named(setting: Setting, problem: Problem) -> Problem:
+    """A file's problem, with the option that names the file."""
+    return replace(problem, where=f"{setting.where}: {problem.where}")
 
 
 def _prompts(setting: Setting, folder: Location | None, storage: Storage) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from entrypoint import captions, dataset, mending, outbox, pictures, publish, resize, states, stops, trainer
 from entrypoint import model as base_model
-from entrypoint.check import Plan, check
+from entrypoint.check import Plan, check, processes
 from entrypoint.checkpoint import Lora, verify_lora
 from entrypoint.console import fail, say, warn
 from entrypoint.contract import Tree
@@ -37,6 +37,7 @@ from entrypoint.states import Taken
 from entrypoint.storage import RemoteObject, Storage
 from kohya import config, networks, tokenizers
 from kohya.buckets import Size
+from kohya.problem import counted
 from kohya.states import FOLDER, VARIABLE
 
 
@@ -61,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
                 job.looked = look(job.inputs)
                 taken = states.take(job.plan.states, job.work, storage)
             with job.stage("prepare"):
-                job.prepared = prepare(job.inputs, job.looked, taken, job.tree, job.work)
+                job.prepared = prepare(job.inputs, job.looked, taken, job)
             with job.stage("train"):
                 keeper = Keeper(job, job.prepared, sent, _verified)
                 with keeper.watching():
@@ -140,14 +141,17 @@ def look(inputs: Inputs) -> Looked:
     return Looked(data, reg, told)
 
 
-def prepare(inputs: Inputs, looked: Looked, taken: Taken | None, tree: Tree, work: Path) -> Prepared:
-    """The tree that the trainer sees, and the configuration that it reads. `taken`: what it goes on from."""
+def prepare(inputs: Inputs, looked: Looked, taken: Taken | None, job: Job) -> Prepared:
+    """The tree that the trainer sees, and the configuration that it reads. `taken`: what it goes on from.
+
+    Captions come into `job` while the tagger writes them.
+    """
+    work = job.work
     plan = inputs.plan
     output, logs, unasked = work / "output", work / "logs", work / "states"
     for folder in (output, logs, unasked):
         folder.mkdir()
     origins: dict[str, str] = {}
-    written: dict[str, Path] = {}
     for name, found, seen, files, on_disk in (
         ("dataset", plan.dataset, looked.dataset, plan.dataset_files, inputs.dataset),
         ("reg", plan.reg, looked.reg, plan.reg_files, inputs.reg),
@@ -160,10 +164,10 @@ def prepare(inputs: Inputs, looked: Looked, taken: Taken | None, tree: Tree, wor
             links[made] = links.pop(link)
         links = resize.apply(plan.request, links, files)
         if name == "dataset":
-            written = captions.write(plan.tagger, inputs.tagger, found, root=root, links=links, given=files)
+            captions.write(
+                plan.tagger, inputs.tagger, found, root=root, links=links, given=files, written=job.captions
+            )
         origins |= {str(path): name_of(files[source]) for path, source in links.items()}
-    if written:
-        say(f"prepare: the captions are kept in {tree.data / 'captions'}, where they can be corrected")
     owned: dict[str, object] = {
         "pretrained_model_name_or_path": str(base_model.unpacked(plan.model, inputs.model, work)),
         "output_dir": str(output),
@@ -190,9 +194,7 @@ def prepare(inputs: Inputs, looked: Looked, taken: Taken | None, tree: Tree, wor
         say(f"prepare: {note}")
     config_file = work / "config.toml"
     config_file.write_text(config.dump(merged.values), encoding="utf-8")
-    return Prepared(
-        plan, merged, config_file, output, unasked, logs, taken, work / "trainer.log", origins, written
-    )
+    return Prepared(plan, merged, config_file, output, unasked, logs, taken, work / "trainer.log", origins)
 
 
 def train(prepared: Prepared) -> trainer.Ended:
@@ -304,21 +306,21 @@ def _say_plan(plan: Plan) -> None:
         for note in plan.reg.notes:
             say(f"check: regularisation pictures: {note}")
         say(
-            f"check: {plan.reg.pictures} regularisation pictures, {plan.reg.repeated} with repeats, of which "
-            "an epoch uses as many as the data set has with repeats"
+            f"check: {counted(plan.reg.pictures, 'regularisation picture')}, {plan.reg.repeated:,} with "
+            "repeats, of which an epoch uses as many as the data set has with repeats"
         )
     precision = plan.merged.settings["mixed_precision"]
     devices = f" on {plan.gpu.count} GPUs" if plan.gpu and plan.gpu.count > 1 else ""
     say(
         f"check: {plan.kind} base model, {plan.model.size / 1e9:.2f} GB; "
-        f"{plan.dataset.pictures} pictures, {plan.dataset.repeated} an epoch with repeats; "
+        f"{counted(plan.dataset.pictures, 'picture')}, {plan.dataset.repeated:,} an epoch with repeats; "
         f"trainer {plan.request.trainer}{devices}; mixed_precision {precision.value} ({precision.where})"
     )
 
 
 def _facts(plan: Plan, sizes: tuple[Sequence[Size], Sequence[Size]]) -> Facts:
-    processes = plan.gpu.count if plan.gpu and plan.sd_scripts else 1
-    return facts(plan.dataset, plan.reg, plan.merged.values, sizes, processes)
+    together = processes(plan.request, plan.gpu)
+    return facts(plan.dataset, plan.reg, plan.merged.values, sizes, together)
 
 
 def _pictures(plan: Plan, work: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ import psutil
 from entrypoint.failures import Problem
 from entrypoint.gpu import Gpu
 from kohya.config import Kind, Merged
+from kohya.problem import counted
 
 _CGROUP = Path("/sys/fs/cgroup")
 _LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of cgroup v2 and v1
@@ -47,8 +48,14 @@ _STATES = {"adamw": 8, "adam": 8, "nadam": 8, "radam": 8, "adamw8bit": 2, "paged
 class Need:
     """Bytes of GPU memory."""
 
-    least: float
-    estimate: float
+    weights: float  # of the base model
+    lora: float  # with its gradient and the optimizer's states
+    pictures: float  # what one step keeps of them at least
+    estimate: float  # of all together
+
+    @property
+    def least(self) -> float:
+        return self.weights + self.lora + self.pictures
 
     def __str__(self) -> str:
         return f"at least {_gb(self.least)}, {_gb(self.estimate)} by an estimate"
@@ -57,9 +64,8 @@ class Need:
 def need(kind: Kind, values: Mapping[str, Any]) -> Need:
     """The GPU memory that training takes, on each GPU.
 
-    The least: the base model's weights in the precision that is trained in, and the LoRA with its gradient
-    and the optimizer's states; and what one step keeps of its pictures, if their size is known. It is not
-    with bucket_no_upscale, where pictures may be small, nor with a dataset_config.
+    The least: the base model's weights in the precision that is trained in, the LoRA, and the pictures if
+    their size is known. It is not with bucket_no_upscale, where they may be small, nor with a dataset_config.
     """
     facts = _FACTS[kind]
     whole = 4.0 if values.get("mixed_precision", "no") == "no" else 2.0
@@ -81,20 +87,22 @@ def need(kind: Kind, values: Mapping[str, Any]) -> Need:
     pictures = int(width) * int(height or width) / facts.pixels * values.get("train_batch_size", 1)
     pictures *= whole / 2
     known = not (values.get("bucket_no_upscale") or values.get("dataset_config"))
-    held = weights + trained * (each + states)
+    lora = trained * (each + states)
     kept = facts.checkpointed if values.get("gradient_checkpointing") else facts.kept
-    return Need(held + (pictures * facts.checkpointed if known else 0), held + pictures * kept)
+    estimate = weights + lora + pictures * kept
+    return Need(weights, lora, pictures * facts.checkpointed if known else 0.0, estimate)
 
 
 def problems(kind: Kind, size: int, merged: Merged, gpu: Gpu | None, host: int | None) -> Iterator[Problem]:
     """What cannot fit. `size`: the base model's bytes; `host`: the machine's memory, None: not asked."""
     if not _is_full(kind, size):
         return
-    least = need(kind, merged.values).least
-    if gpu is not None and gpu.memory is not None and least > gpu.memory:
-        wrong = f"it has {_gb(gpu.memory)} of memory, and the training needs at least {_gb(least)}"
-        fix = "Take a GPU with more, or a smaller network_dim, train_batch_size or resolution"
-        yield Problem(gpu.name, wrong, fix)
+    told = need(kind, merged.values)
+    if gpu is not None and gpu.memory is not None and told.least > gpu.memory:
+        wrong = f"it has {_gb(gpu.memory)} of memory, and the training needs at least {_gb(told.least)}"
+        parts = sorted(_parts(told, merged.values), reverse=True)
+        shown = ", ".join(f"{_gb(part)} for {name}" for part, name, _ in parts if part)
+        yield Problem(gpu.name, f"{wrong}: {shown}", f"{parts[0][2]}, or take a GPU with more")
     facts, values = _FACTS[kind], merged.values
     # sdxl_train_util.py:131-179, sdxl_model_util.py:148-156: the U-Net as fp32 unless full_…, the text
     # encoders always; with lowram the GPU takes them
@@ -102,6 +110,23 @@ def problems(kind: Kind, size: int, merged: Merged, gpu: Gpu | None, host: int |
     if kind == "sdxl" and host is not None and loading > host and not values.get("lowram"):
         wrong = f"it has {_gb(host)} of memory, and loading the base model needs at least {_gb(loading)}"
         yield Problem("this machine", wrong, "Take a larger one, such as ml.g5.2xlarge for ml.g5.xlarge")
+
+
+def _parts(told: Need, values: Mapping[str, Any]) -> Iterator[tuple[float, str, str]]:
+    """The bytes of each part, what it is, and how it becomes smaller."""
+    fix = "Write fp8_base = true"
+    if values.get("mixed_precision", "no") == "no":
+        fix = "Write mixed_precision = fp16 or bf16"
+    elif values.get("fp8_base"):
+        fix = "Give a smaller base model"
+    yield told.weights, "the base model's weights", fix
+    named = values.get("optimizer_type", "AdamW")
+    optimizer = "" if "8bit" in str(named) else ", or optimizer_type = AdamW8bit"
+    fix = f"Write a smaller network_dim than {values.get('network_dim', 4)}{optimizer}"
+    yield told.lora, f"the LoRA, its gradient and {named}", fix
+    batch, resolution = values.get("train_batch_size", 1), values.get("resolution", "512")
+    smaller = f"train_batch_size than {batch}" if batch > 1 else f"resolution than {resolution}"
+    yield told.pictures, f"{counted(batch, 'picture')} at a time", f"Write a smaller {smaller}"
 
 
 def notes(kind: Kind, size: int, merged: Merged, gpu: Gpu | None) -> Iterator[str]:

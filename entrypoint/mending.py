@@ -12,6 +12,7 @@ from PIL import Image
 from entrypoint.console import say
 from entrypoint.dataset import DataSet, places
 from entrypoint.pictures import FORMATS, THREADS, Seen, plain
+from kohya.problem import counted
 
 
 def mend(data_set: DataSet, seen: Seen, root: Path, alpha_mask: bool) -> Mapping[Path, Path]:
@@ -39,7 +40,8 @@ def mend(data_set: DataSet, seen: Seen, root: Path, alpha_mask: bool) -> Mapping
         caption.unlink()
         caption.write_bytes(text.encode("utf-8"))
     if made or captions:
-        say(f"prepare: {len(made)} pictures and {len(captions)} captions mended; the data set stays as it is")
+        mended = f"{counted(len(made), 'picture')} and {counted(len(captions), 'caption')}"
+        say(f"prepare: {mended} mended; the data set stays as it is")
     return made
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from entrypoint import foreign
 from entrypoint.header import BYTES, FIX, NotABaseModel, shown
 
 MAX_OPCODES = 1_000_000  # SDXL's has 0.1 million
@@ -28,6 +29,7 @@ _TABLE, _TENSOR, _PARAMETER = (
     "torch._utils._rebuild_tensor_v2",
     "torch._utils._rebuild_parameter",
 )
+_UNUSUAL = "torch._utils._rebuild_tensor_v3"  # of types without a storage of their own, float8 above all
 _HARMLESS = {  # what checkpoints hold besides tensors; it is left out
     *(f"{module}.{name}" for module in ("__builtin__", "builtins") for name in ("dict", "list", "set")),
     "_codecs.encode", "collections.defaultdict", "numpy.dtype", "numpy.core.multiarray.scalar",
@@ -130,7 +132,10 @@ class _Machine:
 
 
 def _name(text: str) -> _Global:
-    """Raises NotABaseModel for a name that no tensor needs."""
+    """Raises NotABaseModel for a name that no tensor of a base model needs."""
+    if text == _UNUSUAL:
+        wrong = "it is a .ckpt with weights of 8 bits (float8), too coarse to train on"
+        raise NotABaseModel(wrong, foreign.PRECISE)
     storage = text.startswith("torch.") and text.removeprefix("torch.") in _DTYPES
     if not storage and text not in (_TABLE, _TENSOR, _PARAMETER, *_HARMLESS):
         wrong = f"it is a pickle that calls {shown(text)} when it is loaded, which weights do not need"

@@ -24,6 +24,7 @@ from entrypoint.dataset import DataSet
 from entrypoint.failures import Problem, Unfit
 from kohya import tokenizers
 from kohya.buckets import Buckets, Size
+from kohya.problem import counted
 
 MEGAPIXELS = 100  # a larger picture fills the memory of who opens it: 100 take 0.3 GB
 THREADS = 8  # Pillow unpacks outside of Python's lock
@@ -100,7 +101,7 @@ def check(
         notes = [*_picture_notes(paths, looks, names), *_enlarged(asked, looks)]
         notes += _duplicates(paths, looks, files, pool)
     captions = [(own, picture.caption) for own, picture in asked if picture.caption is not None]
-    texts, unmark, longer = [], set(), []
+    texts, unmark, longer = [], set(), dict[str, None]()
     for own, name in captions:
         text, lines, marked, wrong = _caption(files[name], bool(own.get("enable_wildcard")))
         texts.append(text)
@@ -109,24 +110,24 @@ def check(
         if marked:
             unmark.add(name)
         if lines > 1 and not own.get("enable_wildcard"):
-            longer.append(names[name])
+            longer[names[name]] = None
     if longer:
         more = f" and {len(longer) - 1} more" if len(longer) > 1 else ""
-        notes.append(f"sd-scripts reads the first line only of {longer[0]}{more}")
+        notes.append(f"sd-scripts reads the first line only of {next(iter(longer))}{more}")
     if unmark:
         notes.append(
             f"{_some(unmark, 'caption')}: a byte order mark is taken out, of which the first tag would begin"
         )
+    problems = list(dict.fromkeys(problems))  # a dataset_config may name a folder twice
     if len(problems) > _SHOWN:
-        left = Problem(
-            "the data set", f"{len(problems) - _SHOWN} more files cannot be used", "Mend these first"
-        )
+        more = counted(len(problems) - _SHOWN, "more file")
+        left = Problem("the data set", f"{more} cannot be used", "Mend these first")
         problems = [*problems[:_SHOWN], left]
     if problems:
         raise Unfit(problems)
     notes += _too_long(captions, texts)
-    took = time.monotonic() - begun
-    say(f"fetch: {len(asked)} pictures and {len(captions)} captions opened in {took:.1f} s")
+    opened_ = counted(len(set(paths)), "picture"), counted(len({name for _, name in captions}), "caption")
+    say(f"fetch: {' and '.join(opened_)} opened in {time.monotonic() - begun:.1f} s")
     mend = {number: look.mend for number, look in enumerate(looks) if look.mend}
     common: dict[Size, Size] = {}  # thousands of pictures share a few sizes
     sizes = [common.setdefault(look.size, look.size) for look in looks]
@@ -250,29 +251,28 @@ def _size(width: int, height: int, values: Mapping[str, Any]) -> Iterator[tuple[
 
 def _picture_notes(paths: Sequence[str], looks: Sequence[_Look], names: Mapping[str, str]) -> Iterator[str]:
     """What is mended, and what is trained on otherwise than it looks."""
-    by_kind: dict[str, list[str]] = defaultdict(list)
+    by_kind: dict[str, set[str]] = defaultdict(set)
     for path, look in zip(paths, looks, strict=True):
         for kind in look.mend:
-            by_kind[kind].append(names[path])
+            by_kind[kind].add(names[path])
         if look.animated:
-            by_kind["animated, of which the first frame is trained on"].append(names[path])
+            by_kind["animated, of which the first frame is trained on"].add(names[path])
         if look.cmyk:
-            by_kind["in CMYK, whose colours are converted without its profile"].append(names[path])
+            by_kind["in CMYK, whose colours are converted without its profile"].add(names[path])
     for kind, found in by_kind.items():
         yield f"{_some(found)}: {kind}"
 
 
 def _enlarged(asked: Sequence[tuple[Mapping[str, Any], Any]], looks: Sequence[_Look]) -> Iterator[str]:
     """How many pictures are smaller than what they are trained at."""
-    count = 0
-    for (values, _), look in zip(asked, looks, strict=True):
-        if look.wrong is None:
-            count += Buckets.of(values).choose(look.size)[1] > look.size
-    if count:
-        yield (
-            f"{count} of {len(looks)} pictures are smaller than the size that they are trained at, and are "
-            "enlarged"
-        )
+    small = {
+        picture.path
+        for (values, picture), look in zip(asked, looks, strict=True)
+        if look.wrong is None and Buckets.of(values).choose(look.size)[1] > look.size
+    }
+    if small:
+        every = counted(len({picture.path for _, picture in asked}), "picture")
+        yield f"{len(small):,} of {every}: smaller than the size that it is trained at, and enlarged"
 
 
 def _duplicates(
@@ -290,8 +290,8 @@ def _duplicates(
     again = [found for found in by_content.values() if len(found) > 1]
     if again:
         shown = "; ".join(" = ".join(found[:_NAMED]) for found in again[:_NAMED])
-        count = sum(len(found) - 1 for found in again)
-        yield f"{count} pictures are there more than once, and count as often: {shown}"
+        count = counted(sum(len(found) - 1 for found in again), "picture")
+        yield f"{count} there more than once, and trained on as often: {shown}"
 
 
 def _digest(path: Path) -> bytes:
@@ -354,7 +354,7 @@ def _some(names: Iterable[str], noun: str = "picture") -> str:
     found = sorted(names)
     shown = ", ".join(PurePosixPath(name).name for name in found[:_NAMED])
     more = ", …" if len(found) > _NAMED else ""
-    return f"{len(found)} {noun}{'' if len(found) == 1 else 's'} ({shown}{more})"
+    return f"{counted(len(found), noun)} ({shown}{more})"
 
 
 def _unreadable(error: BaseException) -> tuple[str, str]:

@@ -4,45 +4,56 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from entrypoint.console import SECRET_OPTIONS, redact
+from entrypoint.console import SECRET_OPTIONS, redact, say
 from entrypoint.failures import JobError
 from entrypoint.inputs import PLACED
 from entrypoint.outbox import Batch, Outbox
 from entrypoint.record import Job
+from entrypoint.request import JobRequest
 from kohya import config
 
 
 def results(job: Job, outbox: Outbox, more: Iterable[Batch] = ()) -> None:
     """LoRAs, the merged configuration, samples and `more`, each where its reader expects it.
 
-    What is there already stays as it is. The configuration is written so that the job can be run again from
-    it: without the job's own paths, and without secrets. A job that ended before it was prepared has nothing
-    to publish. Everything is tried; raises JobError with all that could not be published.
+    What is there already stays as it is. A job that ended before it was prepared has none of them, but
+    perhaps captions. Everything is tried; raises JobError with all that could not be published.
     """
-    if job.prepared is None or job.request is None:
+    if job.request is None:
         return
     faults: list[str] = []
-    with _noted(faults):
-        for files, location in _results(job):
-            with _noted(faults):
-                outbox.send(files, location)
-        for files, location in more:
-            with _noted(faults):
-                outbox.send(files, location)
+    for batches in (_results(job, job.request), _captions(job, job.request), more):
+        with _noted(faults):
+            for files, location in batches:
+                with _noted(faults):
+                    outbox.send(files, location)
     if faults:
         raise JobError(" ".join(dict.fromkeys(faults)))
 
 
-def _results(job: Job) -> Iterator[Batch]:
-    assert job.prepared is not None
-    assert job.request is not None
-    prepared, request = job.prepared, job.request
+def _captions(job: Job, request: JobRequest) -> Iterator[Batch]:
+    """What the tagger has written, to be corrected."""
+    if not job.captions:
+        return
+    written = {f"captions/{name}": path for name, path in job.captions.items()}
+    say(f"publish: the captions are kept in {job.tree.data / 'captions'}, where they can be corrected")
+    yield written, job.tree.data
+    if request.output is not None and not request.flat:
+        yield written, request.output
+
+
+def _results(job: Job, request: JobRequest) -> Iterator[Batch]:
+    """The configuration is written so that the job can be run again from it: without the job's own paths,
+    and without secrets.
+    """
+    if job.prepared is None:
+        return
+    prepared = job.prepared
     values = {**prepared.plan.merged.values, "output_name": prepared.output_name}
     not_again = config.OWNED | PLACED | SECRET_OPTIONS | {"resume", "skip_until_initial_step"}
     again = {name: value for name, value in values.items() if name not in not_again}
     loras = {lora.path.name: lora.path for lora in job.loras}
     samples = {f"sample/{path.name}": path for path in sorted((prepared.output / "sample").glob("*"))}
-    samples |= {f"captions/{name}": path for name, path in prepared.captions.items()}
     yield loras, job.tree.model
     if request.output is not None:
         yield loras, request.output

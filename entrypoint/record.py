@@ -60,7 +60,6 @@ class Prepared:
     taken: Taken | None  # the state that it goes on from
     log: Path
     origins: Mapping[str, str]  # of the files in the trainer's tree: the path or URI that the user gave
-    captions: Mapping[str, Path]  # those that the tagger wrote, by path below the data set's root
 
     @property
     def output_name(self) -> str:
@@ -80,6 +79,7 @@ class Job:
     plan: Plan | None = None
     inputs: Inputs | None = None
     looked: Looked | None = None
+    captions: dict[str, Path] = field(default_factory=dict)  # written until now, by path below the data set
     prepared: Prepared | None = None
     loras: Sequence[Lora] = ()
 
@@ -114,8 +114,8 @@ class Job:
             told["facts"] = self.looked.facts.as_json()
         if self.inputs is not None:
             told["inputs"] = _inputs(self.inputs)
-        if self.prepared is not None and self.prepared.captions:
-            told["captions_written"] = len(self.prepared.captions)
+        if self.captions:
+            told["captions_written"] = len(self.captions)
         told["loras"] = [
             {"name": lora.path.name, "bytes": lora.bytes, "rank": lora.rank, "modules": lora.modules}
             for lora in self.loras

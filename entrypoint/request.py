@@ -140,9 +140,16 @@ def resolve(arguments: Sequence[str], tree: Tree, storage: Reader) -> JobRequest
             problems += [Problem(where, told, fix) for where in others]
             places = _from_esd(asked["s3_location"], kind, storage)
         else:
-            places = _from_uris(asked, channels)
-    if places is None:
-        raise Unfit(problems)
+            places = _from_uris(asked, channels, problems)
+    layers = tuple(
+        tuple(one for one in named if one.name in _OPTIONS and one.where.startswith(origin))
+        for origin in ("hyperparameter", "flag")
+    )
+    resize, resize_crop = _pixels(asked.get("resize"), problems), _crop(asked, problems)
+    minutes = _minutes(asked.get("state_every_minutes"), 5, problems)
+    stall = _minutes(asked.get("stall_minutes"), 30, problems)
+    if places is None:  # and nobody looks any further
+        raise Unfit([*problems, *config.merge(kind or "sdxl", layers).problems])
     return JobRequest(
         kind=places.kind or kind,
         trainer=trainer,
@@ -159,14 +166,11 @@ def resolve(arguments: Sequence[str], tree: Tree, storage: Reader) -> JobRequest
         flat=places.flat,
         allow_missing_captions=allow_missing == "true",
         caption=_captioning(asked, places.caption, problems),
-        resize=_pixels(asked.get("resize"), problems),
-        resize_crop=_crop(asked, problems),
-        state_every_minutes=_minutes(asked.get("state_every_minutes"), 5, problems),
-        stall_minutes=_minutes(asked.get("stall_minutes"), 30, problems),
-        layers=tuple(
-            tuple(one for one in named if one.name in _OPTIONS and one.where.startswith(origin))
-            for origin in ("hyperparameter", "flag")
-        ),
+        resize=resize,
+        resize_crop=resize_crop,
+        state_every_minutes=minutes,
+        stall_minutes=stall,
+        layers=layers,
         problems=tuple(problems),
     )
 
@@ -189,9 +193,13 @@ class _Places:
     caption: Captioning | None = None
 
 
-def _from_uris(asked: Mapping[str, Setting], channels: Mapping[str, Channel]) -> _Places:
-    """Inputs from channels and `<channel>_uri`, outputs from _OUTPUTS. Raises Unfit."""
-    problems: list[Problem] = []
+def _from_uris(
+    asked: Mapping[str, Setting], channels: Mapping[str, Channel], problems: list[Problem]
+) -> _Places | None:
+    """Inputs from channels and `<channel>_uri`, outputs from _OUTPUTS.
+
+    None where there is no base model or no data set.
+    """
     sources: dict[str, Source] = {}
     outputs: dict[str, Location] = {}
     for name in CHANNELS:
@@ -207,8 +215,8 @@ def _from_uris(asked: Mapping[str, Setting], channels: Mapping[str, Channel]) ->
         if name in asked:
             with collecting(problems):
                 outputs[name] = _location(asked[name])
-    if problems:
-        raise Unfit(problems)
+    if not sources.keys() >= set(_REQUIRED):
+        return None
     return _Places(
         kind=None,
         model=sources["model"],
@@ -478,6 +486,7 @@ def _location(setting: Setting) -> Location:
     try:
         if not text.isprintable():
             raise ValueError(f"{text!r} holds characters that no path has")
-        return S3Uri.parse(text) if "://" in text else Path(text).expanduser().absolute()
+        is_uri = "://" in text or text.lower().startswith("s3:")  # s3:/bucket is no folder that anyone has
+        return S3Uri.parse(text) if is_uri else Path(text).expanduser().absolute()
     except (ValueError, RuntimeError) as error:
         raise Unfit([Problem(setting.where, str(error), f"Write {setting.name}=s3://BUCKET/KEY")]) from error

@@ -6,7 +6,7 @@ stays a link. Sizes are pixels.
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,8 +21,9 @@ from entrypoint.inputs import Extras
 from entrypoint.pictures import opened, orientation, plain
 from entrypoint.rate import Rate
 from entrypoint.request import JobRequest
-from kohya.buckets import Size
+from kohya.buckets import Buckets, Size
 from kohya.config import Merged
+from kohya.problem import counted
 
 
 def problems(request: JobRequest, merged: Merged, extras: Extras) -> list[Problem]:
@@ -37,6 +38,25 @@ def problems(request: JobRequest, merged: Merged, extras: Extras) -> list[Proble
         asked.append(merged.settings["dataset_config"].where)
     wrong = "alpha_mask trains where a picture is opaque, and resize lays pictures onto white"
     return [Problem(where, wrong, fix) for where in asked]
+
+
+def notes(request: JobRequest, merged: Merged, extras: Extras) -> Iterator[str]:
+    """What comes of pictures that are made smaller than what they are to be trained at."""
+    side, described = request.resize, extras.dataset_config
+    if side is None:
+        return
+    own = [folder.values for folder in described.folders] if described else [{}]
+    for buckets in dict.fromkeys(Buckets.of({**merged.values, **values}) for values in own):
+        width, height = buckets.resolution
+        if side * side >= width * height:
+            continue
+        told = f"resize = {side} is below resolution = {width},{height}: "
+        if buckets.enabled and buckets.no_upscale:
+            small = "×".join(map(str, buckets.choose((side, side))[0]))
+            told += f"with bucket_no_upscale a square picture is then trained at {small}"
+        else:
+            told += "pictures lose detail, and are enlarged again to be trained on"
+        yield f"{told}. With resize = {max(width, height)} they keep what can be trained on"
 
 
 def room(request: JobRequest, pictures: Mapping[str, File]) -> int:
@@ -105,7 +125,7 @@ def apply(request: JobRequest, links: Mapping[Path, str], given: Mapping[str, Fi
             tree[made.with_suffix(".png")] = path
     how = f"cropped to at most {side}×{side}" if crop else f"their shorter side brought to at most {side}"
     say(
-        f"prepare: {len(done)} of {len(places)} pictures changed, {how} pixels: "
+        f"prepare: {len(done)} of {counted(len(places), 'picture')} changed, {how} pixels: "
         f"{sum(done.values()) / 1e6:.1f} MB, {rate}"
     )
     return tree

@@ -30,6 +30,10 @@ ALIASES = {
     "caption_extention": "caption_extension",  # it would win over the right spelling (train_util.py:5404)
 }
 
+# A rate for each of SDXL's text encoders: in sd-scripts' docs/sdxl_train_network.md, and not in its parser.
+# Both are trained at one rate (train_network.py:737-744).
+TEXT_ENCODER_LRS = ("text_encoder_lr1", "text_encoder_lr2")
+
 # Options whose value is a folder or file that the job itself provides; a user's value is replaced.
 OWNED = frozenset(
     {"pretrained_model_name_or_path", "train_data_dir", "output_dir", "logging_dir", "tokenizer_cache_dir"}
@@ -253,7 +257,10 @@ def dump(values: Mapping[str, object]) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Advice for a name that is not known: the nearest ones that are."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    known = list(known)
+    if name in TEXT_ENCODER_LRS and "text_encoder_lr" in known:
+        return "Write text_encoder_lr = 1e-5: sd-scripts trains both text encoders at one rate"
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     return f"Did you mean {' or '.join(close)}?" if close else "Remove it, or correct its name"
 
 

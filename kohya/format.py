@@ -6,6 +6,7 @@ What is corrected:
 
 types     "1e-4" becomes 1e-4, "false" becomes false, 512 becomes "512": as its option is declared
 aliases   lr_restart_cycles becomes lr_scheduler_num_cycles
+rates     text_encoder_lr1 and text_encoder_lr2 become text_encoder_lr, where they are the same
 order     options that follow each other without a blank or a comment line stand as in sd-scripts' parser
 """
 
@@ -43,16 +44,20 @@ def formatted(text: str, where: str) -> Formatted:
     """`text`, corrected. A second time it changes nothing, and it means what it meant to config.merge."""
     text = text.replace("\r\n", "\n")  # as TOML reads it
     settings, problems = config.read(text, where)
-    merged = config.merge("sdxl", [settings])  # which has every option
-    problems = [*problems, *merged.problems]
+    changes: list[str] = []
     try:
         pieces = list(_pieces(text))
     except tomllib.TOMLDecodeError:  # which config.read has told
+        pieces = []
+    rate = _rate(settings)
+    unknown = [one for one in settings if rate is None or one.name not in config.TEXT_ENCODER_LRS]
+    problems += config.merge("sdxl", [unknown]).problems  # sdxl has every option
+    if not pieces:
         return Formatted(text, (), tuple(problems))
     names = [piece.setting.name for piece in pieces if piece.setting]
     if len({config.ALIASES.get(name, name) for name in names}) < len(names):  # their order decides
         return Formatted(text, (), (*problems, *_under_two_names(names, where)))
-    changes: list[str] = []
+    pieces = list(_joined(pieces, rate, where, changes))
     pieces = [_corrected(piece, where, changes) for piece in pieces]
     return Formatted("\n".join(_ordered(pieces, where, changes)), tuple(changes), tuple(problems))
 
@@ -69,7 +74,8 @@ def _pieces(text: str) -> Iterator[_Piece]:
                 if end > len(lines):
                     raise tomllib.TOMLDecodeError(f"line {first + 1} begins a value that does not end")
             ((name, value),) = found.items()
-            setting = Setting(name, value, "") if name in config.options() or name in config.ALIASES else None
+            named = name in config.options() or name in config.ALIASES or name in config.TEXT_ENCODER_LRS
+            setting = Setting(name, value, "") if named else None
             yield _Piece(first + 1, "\n".join(lines[first:end]), setting)
         else:
             yield _Piece(first + 1, lines[first])
@@ -88,6 +94,33 @@ def _under_two_names(names: Sequence[str], where: str) -> Iterator[Problem]:
     for old, new in config.ALIASES.items():
         if {old, new} <= set(names):
             yield Problem(where, f"{old} and {new} are the same option", "Keep one of the two lines")
+
+
+def _rate(settings: Sequence[Setting]) -> Setting | None:
+    """The one rate of both text encoders, where each is given by a name that sd-scripts does not have."""
+    given = {setting.name: setting.value for setting in settings}
+    if "text_encoder_lr" in given or not given.keys() >= set(config.TEXT_ENCODER_LRS):
+        return None
+    both = [Setting("text_encoder_lr", given[name], "") for name in config.TEXT_ENCODER_LRS]
+    first, second = (config.merge("sdxl", [[one]]).settings.get("text_encoder_lr") for one in both)
+    return first if first == second else None
+
+
+def _joined(
+    pieces: Sequence[_Piece], rate: Setting | None, where: str, changes: list[str]
+) -> Iterator[_Piece]:
+    """The pieces, with `rate` in the place of the first of the two that they stand for."""
+    two = [piece for piece in pieces if piece.setting and piece.setting.name in config.TEXT_ENCODER_LRS]
+    for piece in pieces:
+        if piece not in two:
+            yield piece
+        elif rate is None:
+            yield _Piece(piece.line, piece.text)
+        elif piece is two[0]:
+            told = f"text_encoder_lr = {_toml(rate.value)}"
+            lines = " and ".join(str(one.line) for one in two)
+            changes.append(f"{where} line {lines}: {' and '.join(config.TEXT_ENCODER_LRS)} become {told}")
+            yield _Piece(piece.line, told + "".join(map(_comment, two)), rate)
 
 
 def _corrected(piece: _Piece, where: str, changes: list[str]) -> _Piece:

@@ -1,4 +1,4 @@
-"""What is wrong with a request, in the one form that every report uses."""
+"""What is wrong with a request, in the one form that every report uses; and how every report counts."""
 
 from dataclasses import dataclass
 
@@ -13,3 +13,8 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.wrong}. {self.fix}{'' if self.fix.endswith('?') else '.'}"
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number and its noun: "1 picture", "2 pictures", "1,600 steps"."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

@@ -5,6 +5,7 @@ then the rule says what to write instead.
 """
 
 import ast
+import difflib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -138,7 +139,9 @@ def _optimizer(values: Mapping[str, Any]) -> Iterator[Conflict]:
         wrong = f"optimizer_type = {named[:80]} is none that trains a LoRA"
         known = (*OPTIMIZERS, *TORCH_OPTIMIZERS)
         same = [name for name in TORCH_OPTIMIZERS if name.lower() == named.lower()]
-        fix = f"Write {same[0]}" if same else f"Write one of {', '.join(known)}, or package.Class"
+        near = difflib.get_close_matches(named.lower(), known, n=3)
+        told = f"Write one of {', '.join(near or known)}, or package.Class"
+        fix = f"Write {same[0]}" if same else told
         yield Conflict("optimizer_type", wrong, fix)
     for name in ("optimizer_type", "lr_scheduler_type"):
         if not all(part.isidentifier() for part in str(values.get(name) or "x").split(".")):
@@ -226,10 +229,13 @@ def _sizes(kind: Kind, values: Mapping[str, Any]) -> Iterator[Conflict]:
         yield Conflict("max_bucket_reso", wrong, fix, {"max_bucket_reso": max(sides)})
 
 
-def of_folder(kind: Kind, values: Mapping[str, Any]) -> Iterator[Conflict]:
-    """What does not go together in a dataset_config's folder. `values`: its own over the job's."""
-    sides = resolution(512 if values.get("resolution") is None else values["resolution"])
-    yield from _sizes(kind, {**values, "resolution": ",".join(map(str, sides))})
+def of_folder(kind: Kind, values: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[Conflict]:
+    """What does not go together in a dataset_config's folder. `own`: its values, over the job's."""
+    values = {**values, **own}
+    if not isinstance(values.get("resolution"), str):  # as a dataset_config writes it
+        sides = resolution(512 if values.get("resolution") is None else values["resolution"])
+        values["resolution"] = ",".join(map(str, sides))
+    yield from _sizes(kind, values)
     yield from _caches_of_pictures(values)
 
 
@@ -263,6 +269,7 @@ def _caches(values: Mapping[str, Any]) -> Iterator[Conflict]:
 _NEEDS = (  # an option that is on; another; the value that it must have (None: any that is on)
     ("full_fp16", "mixed_precision", "fp16"),  # train_network.py:815
     ("full_bf16", "mixed_precision", "bf16"),  # :821
+    ("dim_from_weights", "network_weights", None),  # train_network.py:671: they are opened
     ("adaptive_noise_scale", "noise_offset", None),  # train_util.py:4444
     ("scale_v_pred_loss_like_noise_pred", "v_parameterization", None),  # :4446
     ("zero_terminal_snr", "v_parameterization", None),  # :4457, a warning: what is learned is wrong
@@ -336,6 +343,10 @@ def _notes(kind: Kind, merged: Merged) -> Iterator[str]:
 
     if kind == "sdxl":
         yield from idle("clip_skip", "SDXL is trained without it")  # sdxl_train_util.py:352
+    rates = values.get("text_encoder_lr")
+    if isinstance(rates, list) and len(set(rates)) > 1:  # train_network.py:741
+        told = f"sd-scripts takes {rates[0]:g} for every text encoder, the first"
+        yield f"{merged.settings['text_encoder_lr'].where}: text_encoder_lr has {len(rates)} rates: {told}"
     named, steps = str(values.get("optimizer_type", "")).lower(), values.get("bucket_reso_steps", 64)
     for name, up in (("min_bucket_reso", 0), ("max_bucket_reso", steps - 1)):
         if not values.get("enable_bucket") or steps < 1 or name not in values:

@@ -26,6 +26,7 @@ from kohya.builtin.lora import LoRA
 from kohya.builtin.model import VAE_SCALE, BaseModel, encode, load_base_model
 from kohya.builtin.options import Options
 from kohya.config import Kind
+from kohya.problem import counted
 
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
 OutOfMemoryError = torch.OutOfMemoryError
@@ -68,7 +69,8 @@ def train(kind: Kind, options: Options, stop: Stop) -> Path:
         raise TrainingError('mixed_precision = "fp16" needs a GPU, and there is none; use "bf16" or "no".')
     with _phase("reading the data set"):
         dataset = open_dataset(options)
-    _say(f"{len(dataset.pictures)} pictures, {len(dataset)} batches an epoch")
+    epoch = counted(len(dataset), "batch", "batches")
+    _say(f"{counted(len(dataset.pictures), 'picture')}, {epoch} an epoch")
     with _phase("loading the base model"):
         base = load_base_model(
             Path(options.pretrained_model_name_or_path),
@@ -170,7 +172,7 @@ class _Run:
         if options.save_state or options.save_state_on_train_end:
             self._save_state(f"{options.output_name or 'last'}-state")
         path = self._save_lora(options.output_name or "last", self.epochs)
-        _say(f"training is done: {at.current_step} steps, average loss {at.average:.4f}")
+        _say(f"training is done: {counted(at.current_step, 'step')}, average loss {at.average:.4f}")
         return path
 
     def _epoch(self, stop: Stop) -> None:

@@ -1,12 +1,18 @@
 """Captions and resizing on request: the whole job, and what is refused before anything is fetched."""
 
+import errno
+import json
 import re
+import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+import entrypoint.job
+from entrypoint import stops
+from entrypoint.captions import Probabilities, Tagger
 from entrypoint.check import Plan, check
 from entrypoint.contract import Tree
 from entrypoint.failures import Unfit
@@ -49,13 +55,62 @@ def test_captions_from_a_channel_and_resized_pictures(
     kept = job.tree / "output" / "data" / "captions" / "2_shape"
     assert {path.name: path.read_text() for path in kept.iterdir()} == CAPTIONS
     assert (tmp_path / "out" / "captions" / "2_shape" / "0.txt").read_text() == CAPTIONS["0.txt"]
-    assert f"prepare: 3 of 4 pictures have no caption; channel tagger: {tagger} writes them" in result.out
+    assert f"prepare: 3 of 4 pictures without a caption; channel tagger: {tagger} writes what" in result.out
     assert "prepare: 4 of 4 pictures changed, cropped to at most 64×64 pixels" in result.out
     assert re.search(r"prepare: 3 captions written, \d+\.\d\d pictures/s", result.out)
     assert f"the captions are kept in {kept.parent}, where they can be corrected" in result.out
     assert job.record["captions_written"] == 3
     assert str(tagger / "model.onnx") in {item["path"] for item in job.record["inputs"]}
     assert f"fetch: reading {tagger / 'model.onnx'} once, in order" in result.out
+
+
+@pytest.fixture
+def here(
+    tmp_path: Path, base_models: dict[Kind, Path], uncaptioned: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], int]]:
+    """Run a job that asks for captions in this process, whose answer to signals is put back."""
+    monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(tmp_path / "ml"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    places = {"model": base_models["sd15"], "dataset": uncaptioned, "output": tmp_path / "out"}
+    places["tagger"] = write_tagger(tmp_path / "tagger", shape=(1, 32, 32, 3))
+    asked = {**TINY, "caption": "wd14", **{f"{name}_uri": str(path) for name, path in places.items()}}
+    before = {number: signal.getsignal(number) for number in stops.SIGNALS}
+    yield lambda: entrypoint.job.run([f"--{name}={value}" for name, value in asked.items()])
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def kept(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in (folder / "captions" / "2_shape").iterdir()}
+
+
+def test_a_stop_while_captions_are_written_keeps_those_that_are(
+    here: Callable[[], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caption, asked = Tagger.caption, iter(range(9))
+
+    def stopped_at_the_third(self: Tagger, probabilities: Probabilities) -> tuple[list[str], bool]:
+        if next(asked) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return caption(self, probabilities)
+
+    monkeypatch.setattr(Tagger, "caption", stopped_at_the_third)
+    assert here() == 143
+    written = {name: CAPTIONS[name] for name in ("0.txt", "1.txt")}
+    assert kept(tmp_path / "ml" / "output" / "data") == kept(tmp_path / "out") == written
+    record = json.loads((tmp_path / "ml" / "model" / "job.json").read_text())
+    assert (record["result"], record["captions_written"]) == ("stopped", 2)
+
+
+def test_captions_are_kept_when_what_comes_after_fails(
+    here: Callable[[], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr("entrypoint.model.unpacked", full)
+    assert here() == 1
+    assert kept(tmp_path / "ml" / "output" / "data") == kept(tmp_path / "out") == CAPTIONS
 
 
 @pytest.mark.parametrize(("form", "given"), [("api", "channel"), ("webui", "TAGGER_DIR"), ("webui", "uri")])
@@ -104,9 +159,10 @@ def test_esd_asks_for_captions(
 
     request = resolve([*flags, f"--s3_location={location}", "--save_last_n_epochs="], tree, storage)
     inputs = fetch(check(request, tree, scratch(), storage), storage)
-    prepared = prepare(inputs, look(inputs), tree, work)
+    written: dict[str, Path] = {}
+    prepare(inputs, look(inputs), tree, work, written)
 
-    assert {name: path.read_text() for name, path in prepared.captions.items()} == {
+    assert {name: path.read_text() for name, path in written.items()} == {
         f"2_shape/{name}": text for name, text in CAPTIONS.items()
     }
     assert (work / "dataset" / "2_shape" / "2.txt").read_text() == "a blue square, noise"

@@ -386,7 +386,7 @@ def test_what_sd_scripts_would_mistake_is_mended_and_what_training_comes_to_is_t
         "fetch: 1 caption (1.txt): a byte order mark is taken out",
         "fetch: 2_shape: 4 pictures × 2, 4 captions",
         "fetch: 4 batches an epoch, 2 epochs, 8 steps",
-        "prepare: 1 pictures and 1 captions mended; the data set stays as it is",
+        "prepare: 1 picture and 1 caption mended; the data set stays as it is",
     ):
         assert said in result.out, said
     assert {path: path.read_bytes() for path in data.rglob("*.*")} == before

@@ -162,7 +162,8 @@ class Pictures:
         links = dataset.link(data_set, given, self.root)
         model = tagger.model.file
         assert isinstance(model, Path)
-        made = write(tagger, model, data_set, root=self.root, links=links, given=given)
+        made: dict[str, Path] = {}
+        write(tagger, model, data_set, root=self.root, links=links, given=given, written=made)
         return {name: path.read_text() for name, path in made.items()}
 
 
@@ -194,7 +195,8 @@ def test_captions_are_written_where_there_are_none_and_nowhere_else(
     assert (tree / "red.txt").read_text() == "red square, ^_^\n"
     said = capsys.readouterr().out
     assert (
-        "prepare: 4 of 5 pictures have no caption; the tagger writes them: general tags from 0.35 on" in said
+        "prepare: 4 of 5 pictures without a caption; the tagger writes what is missing: general tags from "
+        "0.35 on" in said
     )
     assert re.search(r"prepare: 4 captions written, \d+\.\d\d pictures/s", said)
 
@@ -206,12 +208,14 @@ def test_all_captions_are_there(pictures: Pictures, capsys: pytest.CaptureFixtur
     assert isinstance(model, Path)
     model.write_text("no model")
     assert pictures.write() == {}
-    assert "0 of 1 pictures have no caption" in capsys.readouterr().out
+    assert "0 of 1 picture without a caption" in capsys.readouterr().out
 
 
 def test_no_captions_are_asked_for() -> None:
     nothing = dataset.DataSet((), ())
-    assert write(None, None, nothing, root=Path(), links={}, given={}) == {}
+    made: dict[str, Path] = {}
+    write(None, None, nothing, root=Path(), links={}, given={}, written=made)
+    assert made == {}
 
 
 def test_a_picture_without_any_likely_tag_gets_the_likeliest(
@@ -259,7 +263,8 @@ def test_a_folder_that_is_trained_twice_is_looked_at_once(pictures: Pictures, tm
     links = dataset.link(data_set, given, tmp_path / "tree")
     model = pictures.tagger.model.file
     assert isinstance(model, Path)
-    made = write(pictures.tagger, model, data_set, root=tmp_path / "tree", links=links, given=given)
+    made: dict[str, Path] = {}
+    write(pictures.tagger, model, data_set, root=tmp_path / "tree", links=links, given=given, written=made)
     assert made == {
         "cat/a.txt": tmp_path / "tree/0/cat/a.txt",
         "cat/a.caption": tmp_path / "tree/1/cat/a.caption",

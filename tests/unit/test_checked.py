@@ -1,5 +1,6 @@
 """The command `check`: what it reports, in which form, and that it leaves the machine alone."""
 
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from entrypoint import checked
 from entrypoint.checked import Report
@@ -95,6 +97,49 @@ def test_a_dataset_configs_own_sizes_and_caches(
     report = job_toml("dataset_config = 'data.toml'", pictures=True)
     assert wrong in told(report)
     assert "[[datasets]] 1, subset 1" in told(report)
+
+
+def test_what_does_not_go_together_is_told_although_there_is_no_base_model(flags: list[str]) -> None:
+    """But for what may fit one of the kinds: max_bucket_reso is below SDXL's resolution, and not SD1.5's."""
+    flags[0] = "--model_uri=/nowhere/model.safetensors"
+    asked = ["--optimizer_type=adam8bit", "--mixed_precision=fp16", "--max_bucket_reso=800"]
+    report = checked.look([*flags, *asked], gpu="none")
+    assert [problem.where for problem in report.problems] == [
+        "flag --model_uri: /nowhere/model.safetensors",
+        "flag --optimizer_type",
+        "flag --mixed_precision",
+    ]
+    told = report.as_json()["configuration"]
+    assert told["max_bucket_reso"] == {"value": 800, "where": "flag --max_bucket_reso"}
+    assert "network_dim" not in told
+
+
+def test_a_toml_with_a_mistake_is_read_all_the_same(job_toml: Look) -> None:
+    report = job_toml('seed = 1\nseed = 2\nlr_scheduler = "cosin"\n[a.b]\nx = 1\n[c]\nunet_lr = "fast"')
+    assert [problem.where.rpartition("/")[2] for problem in report.problems] == [
+        "job.toml line 1 and 2",
+        "job.toml",
+        "job.toml line 7",
+        "job.toml line 3",
+    ]
+
+
+def test_a_dataset_config_that_cannot_be_read_leaves_nothing_out(job_toml: Look) -> None:
+    report = job_toml("dataset_config = 'data.toml'")
+    assert len(report.problems) == 1
+    assert "left out" not in " ".join(report.notes)
+    assert report.facts is None
+
+
+def test_a_conflict_of_the_job_is_not_told_again_for_each_folder(job_toml: Look, tmp_path: Path) -> None:
+    tables = "[[datasets]]\n[[datasets.subsets]]\nimage_dir = '2_shape'\ncaption_extension = '.txt'\n"
+    (tmp_path / "data.toml").write_text(tables * 2)
+    asked = "cache_latents = true\nrandom_crop = true\nresolution = 128\nmin_bucket_reso = 256\n"
+    report = job_toml(f"dataset_config = 'data.toml'\n{asked}")
+    assert [problem.where.rpartition("/")[2] for problem in report.problems] == [
+        "job.toml line 5",
+        "job.toml line 3",
+    ]
 
 
 def test_sizes_that_make_no_bucket_are_told_with_pictures_too(flags: list[str]) -> None:
@@ -207,12 +252,16 @@ def test_json_has_the_keys_that_it_promises(flags: list[str], capsys: pytest.Cap
     report = json.loads(capsys.readouterr().out)
     documented = re.findall(r"^ {8}(\w+(?:, \w+)*)  ", Report.as_json.__doc__ or "", re.MULTILINE)
     assert [name for line in documented for name in line.split(", ")] == list(report)
-    assert report["dataset"] == {
-        "pictures": 4,
-        "with_repeats": 8,
-        "without_caption": 0,
-        "folders": [{"name": "2_shape", "repeats": 2, "pictures": 4}],
-    }
+    of_facts = re.search(r"^ {8}facts .*?: what", Report.as_json.__doc__ or "", re.MULTILINE | re.DOTALL)
+    assert of_facts is not None
+    told = report["facts"]
+    assert set(re.findall(r"\w+", of_facts[0])) == {
+        "facts", "what", *told, *told["folders"][0], *told["buckets"][0]
+    }  # fmt: skip
+    assert told["buckets"] == [{"width": 64, "height": 64, "pictures": 8}]
+    assert (told["pictures"], told["with_repeats"], told["batches"], told["steps"]) == (4, 8, 4, 40)
+    assert (told["epochs"], told["in_epochs"], told["exact"]) == (10, True, True)
+    assert (report["fetch_bytes"], report["disk_bytes"]) == (0, 1_000_000_000)
     assert report["kind"] == "sd15"
     assert report["gpu"] == "NVIDIA A10G"
     assert report["configuration"]["wandb_api_key"]["value"] == "***"
@@ -232,6 +281,89 @@ def test_json_of_a_request_that_says_nothing(capsys: pytest.CaptureFixture[str])
     assert all(problem.keys() == {"where", "wrong", "fix"} for problem in report["problems"])
 
 
+def section(report: Report, title: str) -> list[str]:
+    """The lines below a title, as they are printed."""
+    lines = iter(checked.plain(report))
+    while next(lines) != f"\n{title}":
+        pass
+    return list(itertools.takewhile(lambda line: not line.startswith("\n"), lines))
+
+
+BUCKETS = "buckets, and how many pictures an epoch has in each"
+
+
+def test_what_training_comes_to(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the listing the least; from the pictures what it is, with the buckets and what was seen."""
+    reg = write_dataset(tmp_path / "reg", side=160)
+    (reg / "2_shape").rename(reg / "1_shape")
+    flags += [f"--reg_uri={reg}", "--max_train_epochs=3"]
+    report = checked.look(flags)
+    assert section(report, "data set") == [
+        "  2_shape  4 pictures × 2  4 captions  0.1 MB",
+        "  1_shape (regularisation)  4 pictures × 1  4 captions  0.3 MB",
+        "  together  4 pictures, and 4 for regularisation",
+    ]
+    assert section(report, "training") == [
+        "  at least 8 batches an epoch, of 8 pictures with repeats and as many for regularisation",
+        "  3 epochs, at least 24 steps",
+    ]
+    assert "buckets, and the exact number of batches, show with --pictures" in report.notes
+    assert not any(title == BUCKETS and rows for title, rows in report.sections())
+
+    report = checked.look([*flags, "--bucket_no_upscale=false"], pictures=True)
+    assert section(report, BUCKETS) == ["  512×512  16"]
+    assert section(report, "training")[1] == "  3 epochs, 24 steps"
+    assert sum("smaller than the size that it is trained at" in note for note in report.notes) == 2
+    assert not any("--pictures" in note for note in report.notes)
+    assert capsys.readouterr().out == ""  # all of it stands in the report
+
+
+@pytest.mark.parametrize(("trainer", "steps"), [("sd-scripts", 20), ("builtin", 40)])
+def test_two_gpus_share_the_steps(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str, steps: int
+) -> None:
+    write_nvidia_smi(tmp_path / "bin", *["Tesla T4, 7.5, 580.65.06"] * 2)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    for pictures in (False, True):
+        report = checked.look([*flags, f"--trainer={trainer}", "--max_train_epochs=10"], pictures=pictures)
+        assert report.as_json()["facts"]["steps"] == steps
+
+
+def test_many_folders_and_buckets_are_told_in_a_few_lines(flags: list[str], tmp_path: Path) -> None:
+    for number in range(14):
+        folder = tmp_path / "data" / f"{number + 1}_x"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (64 * (number + 1), 64)).save(folder / "a.png")
+        (folder / "a.txt").write_text("a cat")
+    flags[1] = f"--dataset_uri={tmp_path / 'data'}"
+    report = checked.look(flags, pictures=True)
+    told = section(report, "data set")
+    assert len(told) == 14
+    assert told[-2:] == ["  and 2 more folders  2 pictures", "  together  14 pictures"]
+    told = section(report, BUCKETS)
+    assert (len(told), told[0], told[-1]) == (13, "  896×64  14", "  and 2 more  3")
+    assert len(report.as_json()["facts"]["folders"]) == 14
+
+
+def test_nothing_is_told_of_what_is_not_known(flags: list[str], tmp_path: Path) -> None:
+    """Without a base model its preset, and so the number of steps; without pictures all of it."""
+    report = checked.look(["--model_uri=/nowhere", flags[1]])
+    titles = {title for title, rows in report.sections() if rows}
+    assert "data set" in titles
+    assert report.as_json()["facts"] is None
+    assert not any("--pictures" in note for note in report.notes)
+    assert not titles & {"training", BUCKETS}
+    (tmp_path / "empty").mkdir()
+    report = checked.look([flags[0], f"--dataset_uri={tmp_path / 'empty'}"])
+    assert report.as_json()["facts"] is None
+    assert "data set" not in {title for title, _ in report.sections()}
+
+
+def test_what_resizing_takes_away_is_said(flags: list[str]) -> None:
+    report = checked.look([*flags, "--resize=256"])
+    assert any("resize = 256 is below resolution = 512,512" in note for note in report.notes)
+
+
 def test_plain_text_begins_with_the_result(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert checked.run([*flags, "--network_dim=x", "--training_comment=\x1b[2J\na"]) == 2
     out = capsys.readouterr().out
@@ -242,7 +374,7 @@ def test_plain_text_begins_with_the_result(flags: list[str], capsys: pytest.Capt
         "problems",
         '  flag --network_dim: network_dim = "x" is not a whole number. Write for example network_dim = 32',
     ]
-    for title in ("notes", "base model", "data set", "job", "configuration"):
+    for title in ("notes", "base model", "data set", "training", "job", "configuration"):
         assert title in lines
     assert "\x1b" not in out
 

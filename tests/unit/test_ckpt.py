@@ -228,6 +228,16 @@ def test_a_tensor_lies_in_its_storage(tmp_path: Path) -> None:
         assert said in told(tensor_with(**changes)), changes
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_weights_of_8_bits_are_named(protocol: int) -> None:
+    weights = {"a": torch.ones(4), "b": torch.ones(4).to(torch.float8_e4m3fn)}
+    said = told(saved(weights, pickle_protocol=protocol))
+    assert said == (
+        "it is a .ckpt with weights of 8 bits (float8), too coarse to train on. "
+        "Give the same model in fp16, bf16 or fp32"
+    )
+
+
 def test_a_little_that_shows_as_much_is_refused() -> None:
     numbers = torch.zeros(1000)
     assert "again and again" in told(saved({str(number): numbers.view(1000) for number in range(300)}))

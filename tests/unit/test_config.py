@@ -450,3 +450,10 @@ def test_a_path_without_a_channel_is_refused(name: str) -> None:
 
 def test_the_misspelt_caption_extension_is_the_right_one() -> None:
     assert merged("caption_extention = '.cap'").values == {"caption_extension": ".cap"}
+
+
+def test_rates_of_two_text_encoders_are_told_with_the_one_that_there_is() -> None:
+    said = "Write text_encoder_lr = 1e-5: sd-scripts trains both text encoders at one rate"
+    for name in config.TEXT_ENCODER_LRS:
+        assert config.merge("sdxl", [[Setting(name, 1e-5, "x")]]).problems[0].fix == said
+        assert config.nearest(name, ["seed"]) == "Remove it, or correct its name"  # in a dataset_config

@@ -133,7 +133,7 @@ def test_folders_that_a_dataset_config_names(tmp_path: Path) -> None:
     wanted = [folder("."), folder("deep/er"), folder("deep/er", ".cap")]
     data_set, problems = inspect_folders(sizes, "s3://b/My cats", wanted)
     assert problems == []
-    assert (data_set.pictures, data_set.repeated) == (3, 9)
+    assert (data_set.pictures, data_set.repeated, data_set.bytes) == (2, 9, 40)
     links = link(data_set, {name: tmp_path / name for name in sizes}, tmp_path / "tree")
     assert {path.relative_to(tmp_path / "tree").as_posix(): name for path, name in links.items()} == {
         "0/My_cats/a.png": "a.png",

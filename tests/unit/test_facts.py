@@ -135,15 +135,17 @@ def test_facts_are_kept_and_said() -> None:
         "pictures": 24,
     }
     assert found.lines() == [
-        "10_cat: 2 pictures × 10, 1 captions, 1.5 MB",
-        "2_dog: 2 pictures × 2, 1 captions, 1.5 MB",
-        "1_cat (regularisation): 1 pictures × 1, 0 captions, 1.0 MB",
+        "10_cat: 2 pictures × 10, 1 caption, 1.5 MB",
+        "2_dog: 2 pictures × 2, 1 caption, 1.5 MB",
+        "1_cat (regularisation): 1 picture × 1, 0 captions, 1.0 MB",
         "buckets 256×256: 24, 512×512: 22, 640×384: 2",
         "11 batches an epoch, 3 epochs, 33 steps",
     ]
     listed = facts(data, reg, values)
     assert listed.lines()[-1] == "at least 10 batches an epoch, 3 epochs, at least 30 steps"
     assert listed.buckets == ()
+    by_steps = facts(data, reg, {**values, "max_train_epochs": None, "max_train_steps": 30})
+    assert by_steps.lines()[-1] == "at least 10 batches an epoch, at most 3 epochs, 30 steps"
 
 
 def test_the_log_stays_short() -> None:
@@ -152,8 +154,22 @@ def test_the_log_stays_short() -> None:
     values = {"resolution": "2048", "enable_bucket": True, "bucket_no_upscale": True}
     lines = facts(data, None, values, ([(64 * (number + 1), 640) for number in range(60)], [])).lines()
     assert len(lines) == 7
-    assert "and 56 more folders" in lines
-    assert lines[-2].endswith(", and 54 more")
+    assert "and 56 more folders: 56 pictures" in lines
+    assert lines[-2].endswith(", and 54 more: 54")
+
+
+def test_a_folder_that_is_named_twice_is_there_once() -> None:
+    """Trained twice an epoch; its files are those of one folder."""
+    listing = {"cat/a.png": 500_000, "cat/a.txt": 5, "dog/b.png": 500_000, "dog/b.txt": 5}
+    tables = "".join(
+        f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{name}'\ncaption_extension = '.txt'\n"
+        for name in ("cat", "cat", "dog")
+    )
+    described, problems = dataset_config.read(tables, "x", {})
+    assert problems == []
+    found = facts(inspect_folders(listing, "x", described.folders)[0], None, {"max_train_steps": 1})
+    assert (found.pictures, found.with_repeats, found.bytes, found.batches) == (2, 3, 1_000_010, 3)
+    assert found.lines()[-1] == "3 batches an epoch, 1 epoch, 1 step"
 
 
 def test_what_sd_scripts_draws_is_not_called_exact() -> None:

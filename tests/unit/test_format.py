@@ -74,6 +74,22 @@ def test_types_aliases_and_order_are_corrected_and_all_else_stays() -> None:
     )
 
 
+def test_the_rates_of_two_text_encoders_become_the_one_that_sd_scripts_has() -> None:
+    """Where they are the same: its own SDXL document writes them so. Others are told, and left."""
+    text = 'seed = 1\ntext_encoder_lr2 = "1e-5"  # big\n[b]\ntext_encoder_lr1 = 1e-5  # small\nunet_lr = 1\n'
+    result = formatted(text, "f")
+    assert result.text == "seed = 1\ntext_encoder_lr = [1e-05]  # big  # small\n[b]\nunet_lr = 1\n"
+    assert result.problems == ()
+    said = "text_encoder_lr1 and text_encoder_lr2 become text_encoder_lr = [1e-05]"
+    assert result.changes == (f"f line 2 and 4: {said}",)
+    assert formatted(result.text, "f").changes == ()
+    for line in ("text_encoder_lr1 = 2", "text_encoder_lr1 = 'fast'", "text_encoder_lr = [1]", "seed = 1"):
+        result = formatted(f"text_encoder_lr2 = 1\n{line}\n", "f")
+        assert result.text == f"text_encoder_lr2 = 1\n{line}\n"
+        assert "text_encoder_lr2 is no option of sd-scripts" in str(result.problems[0])
+        assert "Write text_encoder_lr = 1e-5: sd-scripts trains both" in str(result.problems[0])
+
+
 def test_a_switch_that_is_a_number_becomes_one() -> None:
     assert formatted("xformers = 1", "f").text == "xformers = true"
 

@@ -122,7 +122,6 @@ def test_a_vae_that_is_a_pickle(asked: Asked, name: str) -> None:
         ("reg_data_dir = './reg'", "reg"),
         ("network_weights = 'a.safetensors'", "weights"),
         ("base_weights = ['a.safetensors']", "weights"),
-        ("dim_from_weights = true", "weights"),
     ],
 )
 def test_a_path_without_its_channel(asked: Asked, line: str, channel: str) -> None:
@@ -338,3 +337,14 @@ def test_fp16_keeps_sdxls_own_vae_in_fp32_and_not_one_that_is_given(tmp_path: Pa
     assert _sd_scripts(scripts, "sdxl", merged, None)[0].values["no_half_vae"] is True
     with_vae = config.change(merged, {"vae": "v.safetensors"}, "channel vae")
     assert _sd_scripts(scripts, "sdxl", with_vae, None)[0].values["no_half_vae"] is False
+
+
+@pytest.mark.parametrize("place", ["disk", "S3"])
+def test_a_file_that_is_not_there_is_told_with_the_option_that_names_it(
+    asked: Asked, bucket: S3Uri, place: str
+) -> None:
+    folder = asked.channel("config") if place == "disk" else bucket
+    settings, _ = config.read("seed = 1\nsample_prompts = 'p.txt'\nsample_at_first = true", "job.toml")
+    merged = config.merge("sd15", [config.preset("sd15"), settings])
+    (problem,) = find(asked.request(), folder, "sd15", merged, Storage())[2]
+    assert problem.where == f"job.toml line 2: {folder / 'p.txt'}"

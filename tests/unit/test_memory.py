@@ -107,11 +107,52 @@ def test_what_cannot_fit_is_refused_and_what_may_not_is_said() -> None:
     problems, notes = told("sdxl", NAMED["a10g"], train_batch_size=32, bucket_no_upscale=False)
     assert notes == []
     assert problems == [
-        "NVIDIA A10G: it has 24.1 GB of memory, and the training needs at least 29.9 GB. "
-        "Take a GPU with more, or a smaller network_dim, train_batch_size or resolution."
+        "NVIDIA A10G: it has 24.1 GB of memory, and the training needs at least 29.9 GB: 22.4 GB for 32 "
+        "pictures at a time, 6.8 GB for the base model's weights, 0.7 GB for the LoRA, its gradient and "
+        "AdamW. Write a smaller train_batch_size than 32, or take a GPU with more."
     ]
     for gpu in (None, Gpu("NVIDIA A10G", 8.6, 1)):  # nothing is known of it
         assert told("sdxl", gpu, train_batch_size=32, bucket_no_upscale=False) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("gpu", "values", "large", "fix"),
+    [
+        (
+            "t4",
+            {"mixed_precision": "no", "network_dim": 64},
+            "13.5 GB for the base",
+            "mixed_precision = fp16",
+        ),
+        (
+            "t4",
+            {"network_dim": 512},
+            "21.8 GB for the LoRA",
+            "a smaller network_dim than 512, or optimizer_t",
+        ),
+        (
+            "t4",
+            {"network_dim": 1024, "optimizer_type": "Lion8bit"},
+            "24.5 GB for the LoRA, its gradient and Lion8bit",
+            "Write a smaller network_dim than 1024, or take",
+        ),
+        (
+            "a10g",
+            {"resolution": "6000,6000", "bucket_no_upscale": False},
+            "24.0 GB for 1 picture at a time",
+            "a smaller resolution than 6000,6000",
+        ),
+        ("small", {}, "6.8 GB for the base", "Write fp8_base = true, or take a GPU with more"),
+        ("small", {"fp8_base": True, "network_dim": 8}, "3.4 GB for the base", "Give a smaller base model"),
+    ],
+)
+def test_the_largest_part_is_told_first_and_is_what_to_change(
+    gpu: str, values: dict[str, object], large: str, fix: str
+) -> None:
+    meant = {**NAMED, "small": Gpu("small", 8.0, 1, memory=3_000_000_000)}[gpu]
+    (problem,) = told("sdxl", meant, **values)[0]
+    assert f"GB: {large}" in problem
+    assert fix in problem
 
 
 def test_a_narrow_base_model_needs_little() -> None:

@@ -285,7 +285,7 @@ def test_animated_and_cmyk_pictures_are_said(tmp_path: Path) -> None:
 def test_pictures_that_are_enlarged_are_counted(tmp_path: Path) -> None:
     write(tmp_path / "a.png", (128, 96))
     write(tmp_path / "b.png", (1024, 1024))
-    assert "1 of 2 pictures are smaller than the size that they are trained at" in notes(
+    assert "1 of 2 pictures: smaller than the size that it is trained at, and enlarged" in notes(
         tmp_path, bucket_no_upscale=False
     )
     assert notes(tmp_path) == ""
@@ -297,7 +297,7 @@ def test_the_same_picture_twice_is_said(tmp_path: Path) -> None:
     path = write(tmp_path / "other.bmp", (96, 96))  # as long, and another one
     Image.new("RGB", (96, 96), "red").save(path)
     assert notes(tmp_path) == (
-        "2 pictures are there more than once, and count as often: 1_cat/a.bmp = 1_cat/b.bmp = 1_cat/c.bmp"
+        "2 pictures there more than once, and trained on as often: 1_cat/a.bmp = 1_cat/b.bmp = 1_cat/c.bmp"
     )
 
 
@@ -333,3 +333,26 @@ def test_what_a_dataset_config_says_counts_for_its_folder(tmp_path: Path) -> Non
     assert pictures.check(changed, files, {name: name for name in files}, BUCKETS).sizes == [(40, 96)]
     with pytest.raises(Unfit, match="shorter than 64"):
         pictures.check(found, files, {name: name for name in files}, BUCKETS)
+
+
+def test_a_folder_that_is_trained_twice_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "a.png", caption=b"\xef\xbb\xbfa cat\nin a box")
+    Image.new("CMYK", (96, 96)).save(tmp_path / "b.jpg")
+    (tmp_path / "b.txt").write_text("a cat")
+    found, files = listed(tmp_path)
+    twice = DataSet(found.subsets * 2, ())
+    values, names = {**BUCKETS, "bucket_no_upscale": False}, {name: name for name in files}
+    assert pictures.check(twice, files, names, values).notes == (
+        "1 picture (b.jpg): in CMYK, whose colours are converted without its profile",
+        "2 of 2 pictures: smaller than the size that it is trained at, and enlarged",
+        "sd-scripts reads the first line only of 1_cat/a.txt",
+        "1 caption (a.txt): a byte order mark is taken out, of which the first tag would begin",
+    )
+    assert "fetch: 2 pictures and 2 captions opened in " in capsys.readouterr().out
+    (tmp_path / "a.txt").write_bytes(b" ")
+    (tmp_path / "b.jpg").write_bytes(b" ")
+    with pytest.raises(Unfit) as raised:
+        pictures.check(twice, files, names, values)
+    assert len(raised.value.problems) == 2

@@ -30,8 +30,8 @@ def test_what_cannot_be_put_in_one_place_is_still_put_in_the_others(tmp_path: Pa
             output_name="cat",
             output=tmp_path,
             plan=SimpleNamespace(merged=SimpleNamespace(values=values)),
-            captions={"1_cat/a.txt": tmp_path / "a.txt"},
         ),
+        captions={"1_cat/a.txt": tmp_path / "a.txt"},
     )
     with pytest.raises(JobError, match="model"):
         results(job, Outbox(Storage()))
@@ -58,8 +58,8 @@ def test_esd_is_sent_loras_and_neither_samples_nor_captions(tmp_path: Path) -> N
             output_name="cat",
             output=tmp_path,
             plan=SimpleNamespace(merged=SimpleNamespace(values={})),
-            captions={"1_cat/a.txt": tmp_path / "a.txt"},
         ),
+        captions={"1_cat/a.txt": tmp_path / "a.txt"},
     )
     results(job, Outbox(Storage()))
     assert [path.name for path in output.iterdir()] == ["cat.safetensors"]

@@ -300,3 +300,20 @@ def test_a_word_too_many_after_a_flag(tmp_path: Path) -> None:
 def test_kind_against_fm_type(tmp_path: Path) -> None:
     said = wrong(tmp_path, s3_location="s3://b/p.json", kind="sd15", objects=Objects(p=PARAMETERS))
     assert "fm_type is sd_xl, and kind is sd15" in said
+
+
+def test_three_mistakes_are_told_although_there_is_no_base_model(tmp_path: Path) -> None:
+    given = {"network_dim": "many", "resize": "7", "output_uri": "gs://b/out"}
+    said = wrong(tmp_path, "--state_every_minutes=often", dataset_uri="s3://b/data", **given)
+    for told in (
+        "model: there is neither a channel model",
+        'hyperparameter network_dim: network_dim = "many" is not a whole number',
+        "hyperparameter resize: '7' is no whole number of pixels",
+        "hyperparameter output_uri: 'gs://b/out' is no S3 URI",
+        "flag --state_every_minutes: 'often' is no number of minutes",
+    ):
+        assert said.count(told) == 1
+    both = {"model_uri": "s3://b/model", "dataset_uri": "s3://b/data"}
+    assert [one.where for one in ask(tmp_path, "--output_uri=s3:/b/out", **both).problems] == [
+        "flag --output_uri"
+    ]

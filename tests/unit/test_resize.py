@@ -13,7 +13,7 @@ from entrypoint.failures import Unfit
 from entrypoint.inputs import Extras
 from entrypoint.request import JobRequest, resolve
 from entrypoint.storage import Storage
-from kohya import config
+from kohya import config, dataset_config
 from kohya.config import Setting
 from kohya.dataset_config import DatasetConfig
 
@@ -71,6 +71,46 @@ def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
 )
 def test_sizes(size: tuple[int, int], side: int, crop: bool, becomes: tuple[int, int]) -> None:
     assert resize.resized(size, side, crop) == becomes
+
+
+@pytest.mark.parametrize(
+    ("resize_to", "values", "said"),
+    [
+        ("512", {}, "with bucket_no_upscale a square picture is then trained at 512×512. With resize = 1024"),
+        ("500", {}, "trained at 448×448"),
+        ("512", {"bucket_no_upscale": False}, "pictures lose detail, and are enlarged again"),
+        ("512", {"enable_bucket": False}, "pictures lose detail, and are enlarged again"),
+        ("512", {"resolution": "1024,512"}, "resize = 512 is below resolution = 1024,512"),
+        ("725", {"resolution": "1024,512"}, ""),  # a square has as many pixels
+        ("512", {"resolution": "512"}, ""),
+        ("1024", {}, ""),
+    ],
+)
+def test_a_size_below_the_resolution_is_said(
+    asked: Callable[..., JobRequest], resize_to: str, values: dict[str, object], said: str
+) -> None:
+    layer = [Setting(name, value, "flag") for name, value in values.items()]
+    merged = config.merge("sdxl", [config.preset("sdxl"), layer])
+    told = list(resize.notes(asked(resize=resize_to), merged, Extras({}, None, None)))
+    assert bool(told) == bool(said)
+    assert said in " ".join(told)
+    assert list(resize.notes(asked(), merged, Extras({}, None, None))) == []
+
+
+def test_a_size_below_a_dataset_configs_resolution_is_said_once_for_each(
+    asked: Callable[..., JobRequest],
+) -> None:
+    tables = "".join(
+        f"[[datasets]]\nresolution = {side}\n[[datasets.subsets]]\nimage_dir = 'cat'\n"
+        for side in (512, 768, 768, 1024)
+    )
+    merged = config.merge("sdxl", [config.preset("sdxl")])
+    described, wrong = dataset_config.read(tables, "x", merged.values)
+    assert wrong == []
+    told = " ".join(resize.notes(asked(resize="600"), merged, Extras({}, None, described)))
+    assert told.count("is below resolution") == 2
+    assert "= 768,768" in told
+    assert "= 1024,1024" in told
 
 
 def test_large_pictures_become_small_and_others_stay(

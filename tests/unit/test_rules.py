@@ -31,6 +31,8 @@ def test_the_presets_fit(kind: Kind) -> None:
         ("sd15", {"network_alpha": "0"}, "would become network_dim. Write network_alpha = 32"),
         ("sd15", {"optimizer_type": "AdamX"}, "optimizer_type = AdamX is none that trains a LoRA"),
         ("sd15", {"optimizer_type": "adam"}, "Write Adam"),
+        ("sd15", {"optimizer_type": "adam8bit"}, "Write one of adamw8bit, pagedadamw8bit, adamw, or"),
+        ("sd15", {"optimizer_type": "xyz"}, "Write one of adamw, adafactor, sgdnesterov, lion, prodigy"),
         ("sd15", {"optimizer_type": "LBFGS"}, "none that trains a LoRA"),
         ("sd15", {"use_8bit_adam": "true"}, "Write optimizer_type = AdamW8bit"),
         ("sd15", {"use_lion_optimizer": "true"}, "Write optimizer_type = Lion"),
@@ -76,6 +78,7 @@ def test_the_presets_fit(kind: Kind) -> None:
         ("sd15", {"full_fp16": "true"}, "full_fp16 needs mixed_precision = fp16"),
         ("sd15", {"full_bf16": "true"}, "full_bf16 needs mixed_precision = bf16"),
         ("sd15", {"fp8_base": "true"}, "fp8_base needs mixed_precision = fp16 or bf16"),
+        ("sd15", {"dim_from_weights": "true"}, "dim_from_weights needs network_weights"),
         ("sd15", {"adaptive_noise_scale": "0.1", "noise_offset": "0"}, "needs noise_offset"),
         ("sd15", {"scale_v_pred_loss_like_noise_pred": "true"}, "needs v_parameterization"),
         ("sd15", {"v_pred_like_loss": "1", "v_parameterization": "true"}, "exclude each other"),
@@ -124,6 +127,13 @@ def test_schedules_and_rates_of_other_optimizers_are_left_alone() -> None:
         assert (problems, merged.notes) == ([], ())
     merged, problems = settle("sd15", optimizer_type="Adafactor", optimizer_args="relative_step=False")
     assert (problems, merged.notes) == ([], ())
+
+
+def test_a_second_rate_of_text_encoders_is_not_used_and_that_is_said() -> None:
+    notes = settle("sd15", text_encoder_lr="5e-5 1e-5")[0].notes
+    told = "text_encoder_lr has 2 rates: sd-scripts takes 5e-05 for every text encoder, the first"
+    assert notes == (f"flag --text_encoder_lr: {told}",)
+    assert settle("sd15", text_encoder_lr="5e-5 5e-5")[0].notes == ()
 
 
 def test_the_modules_that_options_ask_for() -> None:
