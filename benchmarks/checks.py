@@ -34,7 +34,6 @@ from PIL import Image
 
 from entrypoint import dataset, files, pictures
 from entrypoint.facts import facts
-from entrypoint.files import File
 from entrypoint.request import Source
 from entrypoint.storage import S3Uri, Storage
 
@@ -122,11 +121,10 @@ def bucket(count: int) -> Iterator[Storage]:
 def report(storage: Storage) -> object:
     """All that is told of a data set before it is fetched, and what the job keeps of it."""
     source = Source(S3Uri("b", "cats"), "dataset_uri")
-    found: dict[str, File] = files.listing(source, storage)
-    sizes = {name: files.size(file) for name, file in found.items()}
-    data_set, problems = dataset.inspect(sizes, "s3://b/cats")
+    found = files.listing(source, storage)
+    data_set, problems = dataset.inspect(found.sizes, "s3://b/cats")
     assert not problems
-    return data_set, {name: found[name] for name in data_set.files}, facts(data_set, None, VALUES)
+    return data_set, found.only(data_set.places), facts(data_set, None, VALUES)
 
 
 def seconds(work: Callable[[], object]) -> float:

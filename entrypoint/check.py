@@ -89,8 +89,8 @@ def examine(request: JobRequest, gpu: Gpu | None, storage: Storage, here: Here |
     """
     problems = list(request.problems)
     model, data_set, reg, scripts, compat, tagger = None, None, None, None, None, None
-    data_files: dict[str, File] = {}
-    reg_files: dict[str, File] = {}
+    data_files: Mapping[str, File] = {}
+    reg_files: Mapping[str, File] = {}
     toml: list[Setting] = []
     kind, beside = request.kind, None
     with collecting(problems):
