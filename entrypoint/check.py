@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from entrypoint import captions, console, files, inputs, memory, resize
@@ -326,7 +327,7 @@ def _lacking(found: SdScripts, merged: Merged) -> list[Problem]:
 
 def to_fetch(plan: Plan) -> int:
     """The bytes that the job puts on disk before it trains; what resizing takes is an estimate."""
-    pictures = [*plan.dataset_files.values(), *plan.reg_files.values()]
+    pictures = chain(plan.dataset_files.values(), plan.reg_files.values())
     made = resize.room(plan.request, plan.dataset_files) + resize.room(plan.request, plan.reg_files)
     return _to_fetch(plan.model, pictures, plan.extras, plan.tagger) + made
 
@@ -335,9 +336,9 @@ def _to_fetch(model: ModelFile, pictures: Iterable[File], extras: Extras, tagger
     """The bytes that are put on disk: what lies in S3 or is streamed, and what is made of the model."""
     singles = [single for found in extras.weights.values() for single in found]
     singles += [Single(model.file, model.streamed), *([tagger.model] if tagger else [])]
-    fetched: list[File] = [file for file in pictures if isinstance(file, RemoteObject)]
-    fetched += [one.file for one in singles if one.streamed or isinstance(one.file, RemoteObject)]
-    return sum(map(files.size, fetched)) + model.copied
+    fetched = [one.file for one in singles if one.streamed or isinstance(one.file, RemoteObject)]
+    every = chain(fetched, (file for file in pictures if isinstance(file, RemoteObject)))
+    return sum(map(files.size, every)) + model.copied
 
 
 def _outputs(request: JobRequest, here: Here, storage: Storage) -> list[Problem]:
