@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -93,8 +94,8 @@ def examine(request: JobRequest, gpu: Gpu | None, storage: Storage, here: Here |
     """
     problems = list(request.problems)
     model, data_set, reg, scripts, compat, tagger = None, None, None, None, None, None
-    data_files: dict[str, File] = {}
-    reg_files: dict[str, File] = {}
+    data_files: Mapping[str, File] = {}
+    reg_files: Mapping[str, File] = {}
     toml: list[Setting] = []
     kind, beside = request.kind, None
     with collecting(problems):
@@ -390,7 +391,7 @@ def processes(request: JobRequest, gpu: Gpu | None) -> int:
 
 def to_fetch(plan: Plan) -> int:
     """The bytes that the job puts on disk before it trains; what resizing takes is an estimate."""
-    pictures = [*plan.dataset_files.values(), *plan.reg_files.values()]
+    pictures = chain(plan.dataset_files.values(), plan.reg_files.values())
     made = resize.room(plan.request, plan.dataset_files) + resize.room(plan.request, plan.reg_files)
     return _to_fetch(plan.model, pictures, plan.extras, plan.tagger) + made
 
@@ -399,9 +400,9 @@ def _to_fetch(model: ModelFile, pictures: Iterable[File], extras: Extras, tagger
     """The bytes that are put on disk: what lies in S3 or is streamed, and what is made of the model."""
     singles = [single for found in extras.weights.values() for single in found]
     singles += [Single(model.file, model.streamed), *([tagger.model] if tagger else [])]
-    fetched: list[File] = [file for file in pictures if isinstance(file, RemoteObject)]
-    fetched += [one.file for one in singles if one.streamed or isinstance(one.file, RemoteObject)]
-    return sum(map(files.size, fetched)) + model.copied
+    fetched = [one.file for one in singles if one.streamed or isinstance(one.file, RemoteObject)]
+    every = chain(fetched, (file for file in pictures if isinstance(file, RemoteObject)))
+    return sum(map(files.size, every)) + model.copied
 
 
 def _outputs(request: JobRequest, here: Here, storage: Storage) -> list[Problem]:

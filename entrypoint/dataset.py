@@ -7,12 +7,15 @@ x.png has its caption in x.txt. Whatever does not fit it leaves out without an e
 
 import posixpath
 import re
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from itertools import compress, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from entrypoint.packed import Packed, numbers
 from kohya.dataset_config import Folder
 from kohya.problem import Problem
 
@@ -27,12 +30,41 @@ _NUMBERED = re.compile(r"(\d+)_.*|(\d+)")  # `3` and `3_` are folders for sd-scr
 _NAMES_SHOWN = 3
 
 
-@dataclass(frozen=True, slots=True)  # there may be 100,000
+@dataclass(frozen=True, slots=True)
 class Picture:
     """A picture and its caption, by their paths below the data set's root."""
 
     path: str
     caption: str | None
+
+
+class Pictures(Sequence[Picture]):
+    """Pictures of a listing, each made when it is asked for: there may be 100,000.
+
+    `own` has their places in the listing, `captions` one more than their captions' places, 0 for none.
+    """
+
+    def __init__(self, listed: Packed[int], own: "array[int]", captions: "array[int]") -> None:
+        self.listed, self.own, self.captions = listed, own, captions
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return Pictures(self.listed, self.own[number], self.captions[number])
+        path, caption = self.listed.path(self.own[number]), self.captions[number]
+        return Picture(path, self.listed.path(caption - 1) if caption else None)
+
+    @property
+    def places(self) -> Iterator[int]:
+        """Of the pictures, then of their captions."""
+        yield from self.own
+        yield from (caption - 1 for caption in self.captions if caption)
+
+    @property
+    def bytes(self) -> int:
+        return sum(map(self.listed.value, self.places))
 
 
 @dataclass(frozen=True)
@@ -41,7 +73,7 @@ class Subset:
 
     folder: str
     repeats: int
-    pictures: tuple[Picture, ...]
+    pictures: Sequence[Picture]
     caption_extension: str  # with its dot
     bytes: int = 0  # of its pictures and captions
     dataset: int = 0  # which [[datasets]] of a dataset_config it is in
@@ -54,6 +86,7 @@ class DataSet:
 
     subsets: tuple[Subset, ...]
     notes: tuple[str, ...]
+    places: Sequence[int] = ()  # in the listing, of every file that training needs
 
     @property
     def pictures(self) -> int:
@@ -75,13 +108,6 @@ class DataSet:
         by_folder = {posixpath.dirname(one.pictures[0].path): one for one in self.subsets if one.pictures}
         return by_folder.values()
 
-    @property
-    def files(self) -> list[str]:
-        """Every file that training needs, by its path below the root."""
-        named = (name for subset in self.subsets for picture in subset.pictures
-                 for name in (picture.path, picture.caption))  # fmt: skip
-        return [name for name in named if name is not None]
-
 
 def inspect(
     sizes: Mapping[str, int],
@@ -96,41 +122,46 @@ def inspect(
     Pictures that all stand in the root are taken as one folder `10_<name>`, after the last part of `where`;
     not so unless `flat`: of regularisation pictures the folder's name is the class word.
     """
-    folders, hidden = _sorted_out(sizes)
-    pictured = {folder: found for folder, files in folders.items() if (found := _pictures(files))}
+    listed = numbers(sizes)
+    folders, hidden = _sorted_out(listed)
+    pictured = {name: files for name, files in folders.items() if files.pictures}
     problems: list[Problem] = []
-    unread = [path for files in folders.values() for path in files if _ending(path) in UNREAD]
+    unread = [place for files in folders.values() for place in files.unread]
     if pictured and unread:
-        wrong = f"sd-scripts reads {', '.join(PICTURES)} alone, and would leave out {_some(unread)}"
+        wrong = f"sd-scripts reads {', '.join(PICTURES)} alone, and would leave out {_some(listed, unread)}"
         problems.append(Problem(where, wrong, "Save them as .png or .jpg, or take them out"))
     notes: list[str] = []
     subsets: list[Subset] = []
-    for folder, pictures in pictured.items():
+    taken: list[Pictures] = []
+    extension = f".{caption_extension.removeprefix('.')}"
+    for folder, files in pictured.items():
         at = where if folder == "." else f"{where.rstrip('/')}/{folder}"
         trained = folder
         if folder == "." and len(pictured) == 1 and flat:
             name = _plain(PurePosixPath(where).name)
             trained = f"{FLAT_REPEATS}_{name}"
             notes.append(
-                f"{_count(pictures)} in no N_name folder, taken as {trained}: each {FLAT_REPEATS} times an "
-                f"epoch. To choose, move them to a folder such as 5_{name}"
+                f"{_count(len(files.pictures))} in no N_name folder, taken as {trained}: each {FLAT_REPEATS} "
+                f"times an epoch. To choose, move them to a folder such as 5_{name}"
             )
-        elif problem := _misplaced(folder, pictures, where, at):
+        elif problem := _misplaced(folder, listed, files.pictures, where, at):
             problems.append(problem)
             continue
-        subset = _subset(trained, _repeats(trained), folders[folder], sizes, caption_extension)
-        problems += _picture_problems(subset, sizes, at)
-        problems += _caption_problems(subset, folders[folder], sizes, at, allow_missing_captions)
-        subsets.append(subset)
+        pictures = _pictures(listed, files, extension)
+        problems += _picture_problems(pictures, at)
+        problems += _caption_problems(pictures, files, extension, at, allow_missing_captions)
+        subsets.append(Subset(trained, _repeats(trained), pictures, extension, pictures.bytes))
+        taken.append(pictures)
     if not pictured:
-        files = [path for found in folders.values() for path in found]
-        seen = f"among its {_count(files, 'file')}" if files else "in it"
+        count = sum(len(files.every) for files in folders.values())
+        seen = f"among its {_count(count, 'file')}" if count else "in it"
         wrong = f"there is no picture ({', '.join(PICTURES)}) {seen}"
         problems.append(
             Problem(where, wrong, "Put pictures with captions into N_name folders such as 10_photo there")
         )
-    notes += _left_out(folders, hidden, subsets)
-    return DataSet(tuple(subsets), tuple(notes)), problems
+    used = _used(listed, taken)
+    notes += _left_out(listed, folders, hidden, used, {extension})
+    return DataSet(tuple(subsets), tuple(notes), _places(listed, used)), problems
 
 
 def inspect_folders(
@@ -140,25 +171,32 @@ def inspect_folders(
 
     sd-scripts takes the pictures right inside each folder, and leaves out a folder that has none.
     """
-    folders, hidden = _sorted_out(sizes)
+    listed = numbers(sizes)
+    folders, hidden = _sorted_out(listed)
     problems: list[Problem] = []
     subsets: list[Subset] = []
+    taken: list[Pictures] = []
     for number, folder in enumerate(wanted):
-        files = folders.get(folder.image_dir, [])
-        if not _pictures(files):
-            there = ", ".join([name for name, found in folders.items() if _pictures(found)][:5]) or "none"
+        files = folders.get(folder.image_dir, _Files())
+        if not files.pictures:
+            there = ", ".join([name for name, found in folders.items() if found.pictures][:5]) or "none"
             wrong = f'no picture is right inside the folder "{folder.image_dir}" of {where}'
             problems.append(Problem(folder.where, wrong, f"Name a folder with pictures; there are: {there}"))
         # A folder that two subsets name is linked twice: their captions may have two endings.
         name = f"{number}/{_plain(PurePosixPath(where, folder.image_dir).name)}"
-        subset = _subset(name, folder.repeats, files, sizes, folder.caption_extension)
-        subset = replace(subset, dataset=folder.dataset, values=folder.values)
+        extension = f".{folder.caption_extension.removeprefix('.')}"
         at = f"{where.rstrip('/')}/{folder.image_dir}"
         may_lack = allow_missing_captions or folder.is_reg or folder.has_class
-        problems += _picture_problems(subset, sizes, at)
-        problems += _caption_problems(subset, files, sizes, at, may_lack)
-        subsets.append(subset)
-    return DataSet(tuple(subsets), tuple(_left_out(folders, hidden, subsets))), problems
+        pictures = _pictures(listed, files, extension)
+        problems += _picture_problems(pictures, at)
+        problems += _caption_problems(pictures, files, extension, at, may_lack)
+        subsets.append(
+            Subset(name, folder.repeats, pictures, extension, pictures.bytes, folder.dataset, folder.values)
+        )
+        taken.append(pictures)
+    used = _used(listed, taken)
+    notes = _left_out(listed, folders, hidden, used, {subset.caption_extension for subset in subsets})
+    return DataSet(tuple(subsets), tuple(notes), _places(listed, used)), problems
 
 
 def link(data_set: DataSet, sources: Mapping[str, Path], root: Path) -> dict[Path, str]:
@@ -202,88 +240,115 @@ def as_given(text: str, origins: Mapping[str, str]) -> str:
     return text
 
 
-def _sorted_out(sizes: Mapping[str, int]) -> tuple[dict[str, list[str]], list[str]]:
-    """The files of each folder by their paths, and those that are hidden or no person put there."""
-    folders: dict[str, list[str]] = defaultdict(list)
-    hidden = []
-    for path in sorted(sizes):
-        if any(part.startswith(".") or part.lower() in _JUNK for part in path.split("/")):
-            hidden.append(path)
-        else:
-            folders[posixpath.dirname(path) or "."].append(path)
+@dataclass(frozen=True)
+class _Files:
+    """What lies right inside a folder, by its places in the listing, in the order of the paths."""
+
+    every: "array[int]" = field(default_factory=lambda: array("I"))
+    pictures: "array[int]" = field(default_factory=lambda: array("I"))
+    unread: "array[int]" = field(default_factory=lambda: array("I"))
+
+
+def _sorted_out(listed: Packed[int]) -> tuple[dict[str, _Files], Sequence[int]]:
+    """The files of each folder, and those that are hidden or no person put there."""
+    folders: dict[str, _Files] = defaultdict(_Files)
+    hidden, hides = array("I"), dict[str, bool]()
+    for place in listed.places:
+        folder, _, name = listed.path(place).rpartition("/")
+        if folder not in hides:
+            hides[folder] = any(map(_is_hidden, folder.split("/")))
+        if hides[folder] or _is_hidden(name):
+            hidden.append(place)
+            continue
+        files, lower = folders[folder or "."], name.lower()
+        files.every.append(place)
+        if lower.endswith(PICTURES):
+            files.pictures.append(place)
+        elif lower.endswith(UNREAD):
+            files.unread.append(place)
     return dict(folders), hidden
 
 
-def _pictures(files: Iterable[str]) -> list[str]:
-    return [path for path in files if _ending(path) in PICTURES]
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _JUNK
 
 
 def _ending(path: str) -> str:
     return posixpath.splitext(path)[1].lower()
 
 
-def _subset(
-    folder: str,
-    repeats: int,
-    files: Sequence[str],
-    sizes: Mapping[str, int],
-    caption_extension: str,
-) -> Subset:
-    """One folder; `files`: all that lies in it."""
-    pictures, extension = _pictures(files), f".{caption_extension.removeprefix('.')}"
-    own = {path: path for path in files}  # the listing's own strings: a copy of each would be kept
-    captions = [_stem(path) + extension for path in pictures]
-    if not all(name in own for name in captions):
-        by_lower = {path.lower(): path for path in files}
-        own |= {
-            name: by_lower[name.lower()] for name in captions if name not in own and name.lower() in by_lower
-        }
-    found = [own.get(name) for name in captions]
-    pairs = tuple(map(Picture, pictures, found))
-    total = sum(sizes[path] for path in (*pictures, *filter(None, found)))
-    return Subset(folder, repeats, pairs, extension, total)
+def _pictures(listed: Packed[int], files: _Files, extension: str) -> Pictures:
+    """The pictures of a folder with their captions."""
+    there, captions = listed.only(files.every), array("I")
+    for place in files.pictures:
+        found = there.find(_stem(listed.path(place)) + extension)
+        captions.append(0 if found is None else found + 1)
+    if 0 in captions:
+        ending = extension.lower()
+        alike = ((listed.path(place).lower(), place) for place in files.every)
+        by_lower = {path: place + 1 for path, place in alike if path.endswith(ending)}
+        for number in (number for number, caption in enumerate(captions) if not caption):
+            name = _stem(listed.path(files.pictures[number])) + extension
+            captions[number] = by_lower.get(name.lower(), 0)
+    return Pictures(listed, files.pictures, captions)
 
 
 def _stem(path: str) -> str:
     return posixpath.splitext(path)[0]
 
 
+def _used(listed: Packed[int], taken: Iterable[Pictures]) -> bytearray:
+    """1 at each place of the listing that training needs."""
+    used = bytearray(max(listed.places, default=-1) + 1)
+    for pictures in taken:
+        for place in pictures.places:
+            used[place] = 1
+    return used
+
+
+def _places(listed: Packed[int], used: bytearray) -> "array[int]":
+    return array("I", (place for place in listed.places if used[place]))
+
+
 def _left_out(
-    folders: Mapping[str, Sequence[str]], hidden: list[str], subsets: Sequence[Subset]
+    listed: Packed[int],
+    folders: Mapping[str, _Files],
+    hidden: Sequence[int],
+    used: bytearray,
+    captions: Set[str],
 ) -> Iterator[str]:
     """What lies there and is no part of the data set; what a problem tells of is not told again."""
-    used = {name for subset in subsets for picture in subset.pictures
-            for name in (picture.path, picture.caption)}  # fmt: skip
-    endings = {*CAPTIONS, *(subset.caption_extension for subset in subsets)}
-    left: dict[str, list[str]] = {"hidden file": hidden}
-    for path in (path for files in folders.values() for path in files if path not in used):
-        ending = _ending(path)
+    left: dict[str, list[int]] = {"hidden file": [*hidden]}
+    for place in (place for files in folders.values() for place in files.every if not used[place]):
+        ending = _ending(listed.path(place))
         if ending == CACHES:
             kind = "latent cache"
-        elif ending in endings:
+        elif ending in CAPTIONS or ending in captions:
             kind = "caption without a picture"
         elif ending in PICTURES or ending in UNREAD:
             continue
         else:
             kind = "other file"
-        left.setdefault(kind, []).append(path)
-    for kind, paths in left.items():
-        if paths:
-            yield f"left out: {_some(paths, kind)}"
+        left.setdefault(kind, []).append(place)
+    for kind, places in left.items():
+        if places:
+            yield f"left out: {_some(listed, places, kind)}"
 
 
-def _misplaced(folder: str, pictures: list[str], where: str, at: str) -> Problem | None:
+def _misplaced(
+    folder: str, listed: Packed[int], pictures: Sequence[int], where: str, at: str
+) -> Problem | None:
     """What keeps sd-scripts from seeing a folder's pictures, if anything does."""
     last = folder.rsplit("/", 1)[-1]
     if folder == ".":
-        wrong = f"sd-scripts does not look beside the folders, and would leave out {_some(pictures)}"
+        wrong = f"sd-scripts does not look beside the folders, and would leave out {_some(listed, pictures)}"
         return Problem(at, wrong, "Move them into an N_name folder such as 10_photo")
     if "/" in folder:
-        wrong = f"sd-scripts does not look this deep, and would leave out {_some(pictures)}"
+        wrong = f"sd-scripts does not look this deep, and would leave out {_some(listed, pictures)}"
         fix = f"Move {last} up" if _repeats(last) else "Move them up into an N_name folder such as 10_photo"
         return Problem(at, wrong, f"{fix}, right below {where}")
     if not _NUMBERED.fullmatch(folder):
-        wrong = f"the folder's name does not say how often to repeat its {_count(pictures)}"
+        wrong = f"the folder's name does not say how often to repeat its {_count(len(pictures))}"
         stem = re.sub(r"^\d+", "", folder) or folder
         return Problem(at, wrong, f"Rename it to 10_{stem.lstrip('_-')} or another N_name")
     if not _repeats(folder):
@@ -297,44 +362,49 @@ def _repeats(folder: str) -> int:
     return int(numbered[1] or numbered[2]) if numbered else 0
 
 
-def _picture_problems(subset: Subset, sizes: Mapping[str, int], where: str) -> Iterator[Problem]:
+def _picture_problems(pictures: Pictures, where: str) -> Iterator[Problem]:
     """What the listing tells of a folder's pictures."""
-    if empty := [picture.path for picture in subset.pictures if sizes[picture.path] == 0]:
-        yield Problem(where, f"{_some(empty)} with 0 bytes", "Upload them again, or take them out")
-    same: dict[str, list[str]] = defaultdict(list)
-    for picture in subset.pictures:
-        same[_stem(picture.path).lower()].append(picture.path)
-    groups = [paths for paths in same.values() if len(paths) > 1]
-    one_stem = [len(set(map(_stem, paths))) < len(paths) for paths in groups]
-    twins = [path for paths, one in zip(groups, one_stem, strict=True) if one for path in paths]
-    if twins:
-        wrong = f"{_some(twins)} with the same name, and so the same caption"
+    listed = pictures.listed
+    if empty := [place for place in pictures.own if listed.value(place) == 0]:
+        yield Problem(where, f"{_some(listed, empty)} with 0 bytes", "Upload them again, or take them out")
+    marks = [hash(_stem(listed.path(place)).lower()) for place in pictures.own]  # smaller than the texts
+    marks.sort()
+    twice = {one for one, after in pairwise(marks) if one == after}
+    same: dict[str, list[int]] = defaultdict(list)
+    for place in pictures.own if twice else ():
+        stem = _stem(listed.path(place)).lower()
+        if hash(stem) in twice:
+            same[stem].append(place)
+    groups = [places for places in same.values() if len(places) > 1]
+    one_stem = [len({_stem(listed.path(place)) for place in places}) < len(places) for places in groups]
+    if twins := [place for places in compress(groups, one_stem) for place in places]:
+        wrong = f"{_some(listed, twins)} with the same name, and so the same caption"
         yield Problem(where, wrong, "Rename one of each")
-    if alike := [path for paths, one in zip(groups, one_stem, strict=True) if not one for path in paths]:
-        wrong = f"{_some(alike)} whose names differ in upper and lower case alone"
+    if alike := [place for places, one in zip(groups, one_stem, strict=True) if not one for place in places]:
+        wrong = f"{_some(listed, alike)} whose names differ in upper and lower case alone"
         yield Problem(where, wrong, "Rename one of each: many disks would hold one of them only")
 
 
 def _caption_problems(
-    subset: Subset, files: Iterable[str], sizes: Mapping[str, int], where: str, allow_missing: bool
+    pictures: Pictures, files: _Files, extension: str, where: str, allow_missing: bool
 ) -> Iterator[Problem]:
     """What the listing tells of a folder's captions. `files`: all that lies in the folder."""
-    extension = subset.caption_extension
-    missing = [picture.path for picture in subset.pictures if picture.caption is None]
+    listed = pictures.listed
+    missing = [place for place, caption in zip(pictures.own, pictures.captions, strict=True) if not caption]
     if missing and not allow_missing:
         wrong = (
-            f"of {_count(subset.pictures)}, {len(missing)} without a caption in a {extension} file of the "
-            f"same name: {_names(missing)}"
+            f"of {_count(len(pictures))}, {len(missing)} without a caption in a {extension} file of the "
+            f"same name: {_names(listed, missing)}"
         )
         fix = "Add the captions, or set allow_missing_captions=true to train those on the folder's name"
-        if others := _other_endings(missing, {path.lower() for path in files}):
+        there = {listed.path(place).lower() for place in files.every}
+        if others := _other_endings(map(listed.path, missing), there):
             ending, count = others.most_common(1)[0]
             wrong += f"; {'it has' if count == 1 else f'{count} have'} a {ending} file"
             fix = f"Set caption_extension={ending}, or rename the captions to {extension}"
         yield Problem(where, wrong, fix)
-    captions = [picture.caption for picture in subset.pictures if picture.caption is not None]
-    if empty := [name for name in captions if sizes[name] == 0]:
-        yield Problem(where, _some(empty, "empty caption"), "Write a caption, or delete the file")
+    if empty := [one - 1 for one in pictures.captions if one and listed.value(one - 1) == 0]:
+        yield Problem(where, _some(listed, empty, "empty caption"), "Write a caption, or delete the file")
 
 
 def _other_endings(pictures: Iterable[str], there: Container[str]) -> Counter[str]:
@@ -351,17 +421,16 @@ def _plain(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)[:_LONGEST].strip("_.") or "dataset"
 
 
-def _count(names: Sized, noun: str = "picture") -> str:
+def _count(number: int, noun: str = "picture") -> str:
     first = noun.partition(" without")[0]  # 2 captions without a picture
-    return f"{len(names)} {first}{'' if len(names) == 1 else 's'}{noun[len(first) :]}"
+    return f"{number} {first}{'' if number == 1 else 's'}{noun[len(first) :]}"
 
 
-def _some(names: Iterable[str], noun: str = "picture") -> str:
+def _some(listed: Packed[int], places: Sequence[int], noun: str = "picture") -> str:
     """How many, and the first few by name: "4 pictures (a.png, b.png, c.png, …)"."""
-    listed = list(names)
-    return f"{_count(listed, noun)} ({_names(listed)})"
+    return f"{_count(len(places), noun)} ({_names(listed, places)})"
 
 
-def _names(names: list[str]) -> str:
-    shown = ", ".join(PurePosixPath(name).name for name in names[:_NAMES_SHOWN])
-    return f"{shown}{', …' if len(names) > _NAMES_SHOWN else ''}"
+def _names(listed: Packed[int], places: Sequence[int]) -> str:
+    shown = ", ".join(PurePosixPath(listed.path(place)).name for place in places[:_NAMES_SHOWN])
+    return f"{shown}{', …' if len(places) > _NAMES_SHOWN else ''}"

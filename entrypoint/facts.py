@@ -168,21 +168,22 @@ def _epoch(
     """Pictures of one of the trainer's data sets by bucket, and whether that is certain."""
     buckets = Buckets.of(values)
     split = float(values.get("validation_split") or 0)
-    trained = [
+    trained = Counter(
         (size, subset.repeats)
         for subset, sizes, is_reg in inside
         if not is_reg
         for size in _kept(subset, sizes, split, values.get("validation_seed"))
-    ]
+    )
     reg = [
         (size, subset.repeats)
         for subset, sizes, is_reg in inside
         if is_reg
         for size in (sizes if sizes is not None else [None] * len(subset.pictures))
     ]
-    repeats = reg_repeats(sum(repeat for _, repeat in trained), [repeat for _, repeat in reg])
+    each = [(size, repeat * alike) for (size, repeat), alike in trained.items()]
+    repeats = reg_repeats(sum(count for _, count in each), [repeat for _, repeat in reg])
     found: Counter[Size] = Counter()
-    for size, count in (*trained, *((size, count) for (size, _), count in zip(reg, repeats, strict=True))):
+    for size, count in (*each, *((size, count) for (size, _), count in zip(reg, repeats, strict=True))):
         found[buckets.choose(size)[0] if size is not None else buckets.resolution] += count
     known = not buckets.enabled or all(sizes is not None for _, sizes, _ in inside)
     drawn = split > 0 and values.get("validation_seed") is None and buckets.enabled

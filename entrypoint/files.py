@@ -2,6 +2,7 @@
 
 import io
 import os
+from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from entrypoint.failures import Problem, StorageError, Unfit
+from entrypoint.packed import Indexed, Packed, Rows, decoded, encoded
 from entrypoint.request import Location, Source
 from entrypoint.storage import RemoteObject, S3Uri, Storage, safe_relative
+from entrypoint.storage.objects import RemoteObjects
 
 TEXT_BYTES = 1 << 20  # larger than any TOML or list of prompts that a person writes
 _KEYS_SHOWN = 20  # in one report
@@ -26,23 +29,45 @@ class Single:
     streamed: bool
 
 
-def listing(source: Source, storage: Storage) -> dict[str, File]:
+class Listing(Packed[File]):
+    """The files of a folder by their paths below it, and their sizes in bytes."""
+
+    def __init__(self, paths: Rows, files: Indexed[File], sizes: Indexed[int]) -> None:
+        super().__init__(paths, files)
+        self.sizes = self.of(sizes)
+
+
+def listing(source: Source, storage: Storage) -> Listing:
     """Every file of a folder, by its path below it."""
     location = source.location
     if isinstance(location, S3Uri):
         return _below(location, storage)
     if not location.is_dir():
         raise Unfit([Problem(f"{source.where}: {location}", "it is not a folder", "Correct the path")])
-    return {path.relative_to(location).as_posix(): path for path in _walk(location)}
+    paths, sizes = Rows(), array("Q")
+    for path in _walk(location):
+        paths.append(encoded(path.relative_to(location).as_posix()))
+        sizes.append(size(path))
+    return Listing(paths, _Paths(location, paths), sizes)
 
 
-def _below(folder: S3Uri, storage: Storage) -> dict[str, File]:
+class _Paths:
+    """The files below a folder on disk, each made when it is asked for."""
+
+    def __init__(self, root: Path, paths: Rows) -> None:
+        self._root, self._paths = root, paths
+
+    def __getitem__(self, place: int) -> Path:
+        return self._root / decoded(self._paths[place])
+
+
+def _below(folder: S3Uri, storage: Storage) -> Listing:
     """Every object of a folder. Raises Unfit with every key that no file may be named after."""
-    found: dict[str, File] = {}
+    found = RemoteObjects(folder)
     problems: list[Problem] = []
     for item in storage.list(folder):
         try:
-            found[safe_relative(item.uri, folder)] = item
+            found.append(safe_relative(item.uri, folder), item)
         except StorageError as error:
             problems.append(error.problem)
     if len(problems) > _KEYS_SHOWN:
@@ -52,7 +77,7 @@ def _below(folder: S3Uri, storage: Storage) -> dict[str, File]:
         problems = [*problems[:_KEYS_SHOWN], left]
     if problems:
         raise Unfit(problems)
-    return found
+    return Listing(found.paths, found, found.sizes)
 
 
 def _walk(root: Path) -> Iterator[Path]:

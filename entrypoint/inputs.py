@@ -81,13 +81,13 @@ def find(
 
 def pictures(
     request: JobRequest, source: Source, merged: Merged, extras: Extras, storage: Storage
-) -> tuple[DataSet, dict[str, File], list[Problem]]:
+) -> tuple[DataSet, Mapping[str, File], list[Problem]]:
     """The data set or the regularisation pictures, their files by path below it, and all that is wrong.
 
     Raises Unfit and StorageError where the folder cannot be listed.
     """
     found = files.listing(source, storage)
-    sizes, where = {name: files.size(file) for name, file in found.items()}, str(source.location)
+    sizes, where = found.sizes, str(source.location)
     values, is_reg = merged.values, source is request.reg
     if "dataset_config" in values:  # which has told its own problems, if it cannot be read
         told = extras.dataset_config.folders if extras.dataset_config else ()
@@ -103,7 +103,7 @@ def pictures(
             allow_missing_captions=request.may_lack_captions or is_reg,
             flat=not is_reg,
         )
-    return data_set, {name: found[name] for name in data_set.files}, problems
+    return data_set, found.only(data_set.places), problems
 
 
 def _without_channel(request: JobRequest, merged: Merged) -> Iterator[Problem]:

@@ -65,7 +65,9 @@ def room(request: JobRequest, pictures: Mapping[str, File]) -> int:
     A photograph has some 1.8 bytes a pixel as PNG, and sides of 4:3. A small file is a small picture, and not
     resized; a JPEG has seldom less than 1 bit a pixel.
     """
-    side = request.resize or 0
+    side = request.resize
+    if side is None:
+        return 0
     sizes = (files.size(file) for name, file in pictures.items() if name.lower().endswith(PICTURES))
     return sum(min(5 * side * side // 2, 16 * size) for size in sizes)
 

@@ -255,8 +255,8 @@ def _listed(data_set: DataSet, there: Mapping[str, File]) -> str:
     digest = hashlib.sha256()
     for subset in data_set.subsets:
         digest.update(f"{subset.repeats}/{subset.folder}\0".encode(errors="surrogateescape"))
-    for name in data_set.files:
-        digest.update(f"{name}\0{files.size(there[name])}\0".encode(errors="surrogateescape"))
+    for name, file in there.items():
+        digest.update(f"{name}\0{files.size(file)}\0".encode(errors="surrogateescape"))
     return f"{data_set.pictures} pictures, {digest.hexdigest()[:12]}"
 
 

@@ -1,17 +1,19 @@
 """Objects in S3 by their names, and the paths on disk that keys map to."""
 
 import re
+from array import array
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from entrypoint import console
 from entrypoint.failures import Problem, StorageError
+from entrypoint.packed import Rows, decoded, encoded
 
 FETCH_FOLDER = ".fetch"  # in the folder that is fetched to: unfinished files, and the record of finished ones
 
 
-@dataclass(frozen=True, slots=True)  # a listing has 100,000 of them
+@dataclass(frozen=True, slots=True)
 class S3Uri:
     """s3://bucket/key; a folder is a key too, with or without a slash at its end."""
 
@@ -53,6 +55,36 @@ class RemoteObject:
     etag: str  # without quotes; changes whenever the object does
 
 
+class RemoteObjects:
+    """The objects below a folder, each made when it is asked for."""
+
+    def __init__(self, folder: S3Uri) -> None:
+        self._bucket, self._prefix = folder.bucket, folder.prefix
+        self.paths = Rows()  # below the folder
+        self.sizes = array("Q")
+        self._etags = Rows()
+
+    def append(self, path: str, item: RemoteObject) -> None:
+        self.paths.append(encoded(path))
+        self.sizes.append(item.size)
+        self._etags.append(_packed(item.etag))
+
+    def __getitem__(self, place: int) -> RemoteObject:
+        uri = S3Uri(self._bucket, self._prefix + decoded(self.paths[place]))
+        return RemoteObject(uri, self.sizes[place], _unpacked(self._etags[place]))
+
+
+def _packed(etag: str) -> bytes:
+    """An ETag as few bytes. Most are an MD5 in hexadecimal."""
+    if re.fullmatch("[0-9a-f]{32}", etag):
+        return b"\1" + bytes.fromhex(etag)
+    return b"\0" + encoded(etag)
+
+
+def _unpacked(row: bytes) -> str:
+    return row[1:].hex() if row[0] else decoded(row[1:])
+
+
 @dataclass(frozen=True)
 class Fetched:
     """An object that is on disk, whole and verified."""
@@ -75,26 +107,39 @@ def safe_relative(uri: S3Uri, folder: S3Uri) -> str:
     return relative
 
 
-_DEVICE = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_DRIVE = re.compile("[A-Za-z]:")
+_ENDS = re.compile(r"[. ](/|\Z)")
+_DEVICES = frozenset(
+    {"con", "prn", "aux", "nul", *(f"{name}{n}" for name in ("com", "lpt") for n in range(10))}
+)
 
 
 def unsafe(relative: str) -> str | None:
     """Why a path must not be made below a folder; None for one that may be."""
-    segments = relative.split("/")
-    reasons = {
-        "holds a control character": any(ord(letter) < 32 or ord(letter) == 127 for letter in relative),
-        "holds a backslash, which some systems read as a folder": "\\" in relative,
-        "holds an empty name between slashes": "" in segments,
-        "leads out of its folder": ".." in segments or "." in segments,
-        "begins with a drive": re.match("[A-Za-z]:", relative) is not None,
-        "ends a name with a dot or a space": any(name != name.rstrip(". ") for name in segments),
-        "is the name of a device on Windows": any(_DEVICE.fullmatch(name) for name in segments),
-        "holds a name of more than 255 bytes": any(
-            len(name.encode(errors="surrogatepass")) > 255 for name in segments
-        ),
-        f"begins with {FETCH_FOLDER}, which this job needs itself": segments[0] == FETCH_FOLDER,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    return next(_reasons(relative), None)
+
+
+def _reasons(relative: str) -> Iterator[str]:  # asked for each of 100,000 keys
+    names = relative.split("/")
+    if _CONTROL.search(relative):
+        yield "holds a control character"
+    if "\\" in relative:
+        yield "holds a backslash, which some systems read as a folder"
+    if "" in names:
+        yield "holds an empty name between slashes"
+    if ".." in names or "." in names:
+        yield "leads out of its folder"
+    if _DRIVE.match(relative):
+        yield "begins with a drive"
+    if _ENDS.search(relative):
+        yield "ends a name with a dot or a space"
+    if any(name.partition(".")[0].lower() in _DEVICES for name in names):
+        yield "is the name of a device on Windows"
+    if len(relative) > 63 and any(len(encoded(name)) > 255 for name in names):
+        yield "holds a name of more than 255 bytes"
+    if names[0] == FETCH_FOLDER:
+        yield f"begins with {FETCH_FOLDER}, which this job needs itself"
 
 
 def refused(uri: S3Uri, reason: str) -> StorageError:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import entrypoint.job
-from entrypoint import stops
+from entrypoint import record, stops
 from entrypoint.captions import Probabilities, Tagger
 from entrypoint.check import Plan, check
 from entrypoint.contract import Tree
@@ -156,13 +156,13 @@ def test_esd_asks_for_captions(
     location = put(s3, bucket / "train/param-1f.json", parameters)
     storage, work = Storage(), tmp_path / "work"
     work.mkdir()
+    job = record.Job(tree, work)
 
     request = resolve([*flags, f"--s3_location={location}", "--save_last_n_epochs="], tree, storage)
     inputs = fetch(check(request, tree, scratch(), storage), storage)
-    written: dict[str, Path] = {}
-    prepare(inputs, look(inputs), tree, work, written)
+    prepare(inputs, look(inputs), None, job)
 
-    assert {name: path.read_text() for name, path in written.items()} == {
+    assert {name: path.read_text() for name, path in job.captions.items()} == {
         f"2_shape/{name}": text for name, text in CAPTIONS.items()
     }
     assert (work / "dataset" / "2_shape" / "2.txt").read_text() == "a blue square, noise"

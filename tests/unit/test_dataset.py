@@ -1,3 +1,5 @@
+import gc
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -6,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from entrypoint import files
-from entrypoint.dataset import DataSet, as_given, inspect, inspect_folders, link, places
+from entrypoint.dataset import DataSet, Picture, as_given, inspect, inspect_folders, link, places
 from entrypoint.failures import StorageError, Unfit
 from entrypoint.request import Source
 from entrypoint.storage import RemoteObject, S3Uri, Storage
@@ -19,6 +21,13 @@ def look(*paths: str, allow_missing_captions: bool = False) -> tuple[DataSet, li
     """The data set that a listing of files of 10 bytes shows."""
     sizes = dict.fromkeys(paths, 10)
     return inspect(sizes, "s3://b/cats", allow_missing_captions=allow_missing_captions)
+
+
+def named(data_set: DataSet) -> list[str]:
+    """Every file that training needs."""
+    found = (name for subset in data_set.subsets for picture in subset.pictures
+             for name in (picture.path, picture.caption))  # fmt: skip
+    return [name for name in found if name is not None]
 
 
 def told(*paths: str) -> str:
@@ -36,7 +45,7 @@ def test_folders_with_numbers_are_taken_as_they_are() -> None:
         ("3", 3),
     ]
     assert (data_set.pictures, data_set.repeated) == (3, 15)
-    assert data_set.files == [
+    assert named(data_set) == [
         "10_cat/a.png",
         "10_cat/a.txt",
         "2_dog/b.JPG",
@@ -111,7 +120,7 @@ def test_captions_keep_the_ending_that_the_trainer_looks_for(
 ) -> None:
     data_set, problems = inspect({"1_cat/a.png": 10, f"1_cat/{name}": 10}, "x", caption_extension=extension)
     assert problems == []
-    links = link(data_set, {path: tmp_path / path for path in data_set.files}, tmp_path / "tree")
+    links = link(data_set, {path: tmp_path / path for path in named(data_set)}, tmp_path / "tree")
     assert {path.name for path in links} == {"a.png", name}
 
 
@@ -198,7 +207,7 @@ def test_what_is_no_part_of_the_data_set_is_said_in_a_line_a_kind() -> None:
         "README",
     )  # fmt: skip
     assert problems == []
-    assert data_set.files == ["1_cat/a.png", "1_cat/a.txt"]
+    assert named(data_set) == ["1_cat/a.png", "1_cat/a.txt"]
     assert data_set.notes == (
         "left out: 4 hidden files (.DS_Store, ._a.png, Thumbs.db, …)",
         "left out: 1 latent cache (a_0512x0512_sd.npz)",
@@ -274,7 +283,9 @@ def test_no_key_leaves_the_tree_or_stops_the_report(keys: list[str], extension: 
                 assert place.parent in folders
                 assert place.parent.parent == root
                 assert ".." not in place.parts
-        assert set(data_set.files) <= set(paths)
+        assert set(named(data_set)) <= set(paths)
+        listed = list(dict.fromkeys(paths))
+        assert {listed[place] for place in data_set.places} == set(named(data_set))
 
 
 class Bucket(Storage):
@@ -285,7 +296,7 @@ class Bucket(Storage):
         self.keys = keys
 
     def list(self, folder: S3Uri) -> Iterator[RemoteObject]:
-        return (RemoteObject(S3Uri(folder.bucket, key), 1, "etag") for key in self.keys)
+        return (RemoteObject(S3Uri(folder.bucket, key), 1, 32 * "e") for key in self.keys)
 
 
 def test_every_key_that_leaves_its_folder_is_told() -> None:
@@ -301,3 +312,42 @@ def test_every_key_that_leaves_its_folder_is_told() -> None:
         files.listing(source, Bucket(*(f"cats/../{number}.png" for number in range(30))))
     assert len(caught.value.problems) == 21
     assert str(caught.value.problems[-1]) == "s3://b/cats: 10 more keys are unfit. Rename these first."
+
+
+def test_a_listing_is_the_folder_on_disk(tmp_path: Path) -> None:
+    for name in ("1_cat/b.png", "1_cat/a.png", "1_cat.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = files.listing(Source(tmp_path, "dataset_uri"), Storage())
+    assert list(found.items()) == [
+        (name, tmp_path / name) for name in ("1_cat.txt", "1_cat/a.png", "1_cat/b.png")
+    ]
+    assert dict(found.sizes) == {"1_cat.txt": 9, "1_cat/a.png": 11, "1_cat/b.png": 11}
+
+
+def test_pictures_are_a_sequence() -> None:
+    data_set, _ = look("1_cat/a.png", "1_cat/a.txt", "1_cat/b.png", allow_missing_captions=True)
+    a, b = Picture("1_cat/a.png", "1_cat/a.txt"), Picture("1_cat/b.png", None)
+    pictures = data_set.subsets[0].pictures
+    assert (len(pictures), list(pictures), pictures[-1], list(pictures[1:])) == (2, [a, b], b, [b])
+    with pytest.raises(IndexError):
+        pictures[2]
+
+
+def test_a_captioned_picture_takes_less_than_200_bytes() -> None:
+    count = 5000
+    keys = [f"cats/1_cat/{number:06}.{ending}" for number in range(count) for ending in ("png", "txt")]
+    source = Source(S3Uri("b", "cats"), "dataset_uri")
+    gc.collect()
+    tracemalloc.start()
+    try:
+        found = files.listing(source, Bucket(*keys))
+        data_set, problems = inspect(found.sizes, "s3://b/cats")
+        kept = found.only(data_set.places)
+        del found
+        now, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (problems, data_set.pictures, len(kept)) == ([], count, 2 * count)
+    assert now < 150 * count
+    assert peak < 200 * count
