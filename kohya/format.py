@@ -9,9 +9,10 @@ aliases   lr_restart_cycles becomes lr_scheduler_num_cycles
 order     options that follow each other without a blank or a comment line stand as in sd-scripts' parser
 """
 
-import tomllib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import tomli_w
@@ -19,6 +20,9 @@ import tomli_w
 from kohya import config
 from kohya.config import Setting
 from kohya.problem import Problem
+
+_CLOSES = re.compile("""[]}]|\"{3}|'{3}""")  # a line in which a value of several lines may end
+_MOST = 100  # places at which a value or its comment may end: each is tried
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,13 @@ def formatted(text: str, where: str) -> Formatted:
     merged = config.merge("sdxl", [settings])  # which has every option
     problems = [*problems, *merged.problems]
     try:
-        pieces = list(_pieces(text))
-    except tomllib.TOMLDecodeError:  # which config.read has told
+        config.parse(text)
+    except ValueError:  # which config.read has told
         return Formatted(text, (), tuple(problems))
+    try:
+        pieces = list(_pieces(text))
+    except ValueError as error:
+        return Formatted(text, (), (*problems, Problem(where, str(error), "Write it in one line")))
     names = [piece.setting.name for piece in pieces if piece.setting]
     if len({config.ALIASES.get(name, name) for name in names}) < len(names):  # their order decides
         return Formatted(text, (), (*problems, *_under_two_names(names, where)))
@@ -58,16 +66,19 @@ def formatted(text: str, where: str) -> Formatted:
 
 
 def _pieces(text: str) -> Iterator[_Piece]:
-    """The lines of a TOML text, those of one value together. Raises TOMLDecodeError where it is none."""
+    """The lines of a TOML text, those of one value together. Raises ValueError over a value too long."""
     lines = text.split("\n")
     first = 0
     while first < len(lines):
         end = first + 1
         if not lines[first].lstrip().startswith(("#", "[")) and lines[first].strip():
-            while (found := _parsed("\n".join(lines[first:end]))) is None:
-                end += 1
-                if end > len(lines):
-                    raise tomllib.TOMLDecodeError(f"line {first + 1} begins a value that does not end")
+            ends = (number for number in range(end, len(lines) + 1)
+                    if number == end or _CLOSES.search(lines[number - 1]))  # fmt: skip
+            for end in islice(ends, _MOST):
+                if found := _parsed("\n".join(lines[first:end])):
+                    break
+            else:
+                raise ValueError(f"line {first + 1} begins a value of more than {_MOST} lines that close one")
             ((name, value),) = found.items()
             setting = Setting(name, value, "") if name in config.options() or name in config.ALIASES else None
             yield _Piece(first + 1, "\n".join(lines[first:end]), setting)
@@ -78,7 +89,7 @@ def _pieces(text: str) -> Iterator[_Piece]:
 
 def _parsed(text: str) -> dict[str, Any] | None:
     try:
-        return tomllib.loads(text)
+        return config.parse(text)
     except ValueError:
         return None
 
@@ -92,7 +103,7 @@ def _under_two_names(names: Sequence[str], where: str) -> Iterator[Problem]:
 
 def _corrected(piece: _Piece, where: str, changes: list[str]) -> _Piece:
     """A key under its option's name, and with a value of its option's type; what is wrong stays."""
-    if piece.setting is None:
+    if piece.setting is None or piece.text.count("#") > _MOST:
         return piece
     old = piece.setting
     new = config.merge("sdxl", [[old]]).settings.get(config.ALIASES.get(old.name, old.name))

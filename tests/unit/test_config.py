@@ -330,6 +330,10 @@ def test_a_mistake_beside_a_key_that_is_set_twice_is_told_too() -> None:
         ("a = " + "[" * 5000, "it is not TOML"),
         ("seed = 1" + "0" * 5000, "it is not TOML"),
         ("a." * 200_000 + "b = 1", "a key with 100 parts"),
+        ('"\\"".' * 200_000 + "b = 1", "a key with 100 parts"),
+        ("k" * 1_000_000, "it is not TOML"),
+        ("[" + " " * 1_000_000, "it is not TOML"),
+        ("nope = '" + "k" * 1_000_000 + "'", "nope is no option"),
         ("x = {" + "'a' . " * 100 + "b = 1}", "a key with 100 parts"),
         ("".join(f"key{number} = 1\n" for number in range(60_000)), "it sets 60000 keys"),
         (

@@ -97,6 +97,32 @@ def test_missing_captions_are_counted_and_named_unless_allowed() -> None:
     assert data_set.pictures == 5
 
 
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".PNG"])
+def test_pictures_that_sd_scripts_reads(ending: str) -> None:
+    data_set, problems = look(f"1_cat/a{ending}", "1_cat/a.txt")
+    assert (data_set.pictures, problems) == (1, [])
+
+
+@pytest.mark.parametrize("ending", [".avif", ".gif", ".heic", ".heif", ".jfif", ".jxl", ".tif", ".tiff"])
+def test_pictures_that_sd_scripts_does_not_read(ending: str) -> None:
+    said = told("1_cat/a.png", "1_cat/a.txt", f"1_cat/b{ending}")
+    assert f"would leave out 1 picture (b{ending}). Save them as .png or .jpg, or take them out" in said
+
+
+@pytest.mark.parametrize("ending", [".caption", ".tags", ".cap"])
+def test_endings_that_tools_give_their_captions(ending: str) -> None:
+    assert f"it has a {ending} file. Set caption_extension={ending}" in told("1_a/a.png", f"1_a/a{ending}")
+    notes = look("1_a/a.png", "1_a/a.txt", f"1_a/b{ending}")[0].notes
+    assert notes == (f"left out: 1 caption without a picture (b{ending})",)
+
+
+@pytest.mark.parametrize("name", ["__MACOSX/a.png", "@eaDir/a.png", "Thumbs.db", "desktop.ini", ".a.png"])
+def test_files_that_no_person_put_there(name: str) -> None:
+    data_set, problems = look("1_cat/a.png", "1_cat/a.txt", name)
+    assert problems == []
+    assert data_set.notes == (f"left out: 1 hidden file ({Path(name).name})",)
+
+
 def test_captions_of_another_ending_are_missing() -> None:
     assert "without a caption" in told("1_cat/a.png", "1_cat/a.caption")
     sizes = {"1_cat/a.png": 10, "1_cat/a.caption": 10}

@@ -235,6 +235,10 @@ def test_esd_json_missing_or_damaged(tmp_path: Path) -> None:
     assert "s3://b/param.json: there is no such key" in wrong(tmp_path, s3_location="s3://b/param.json")
     (tmp_path / "p.json").write_text("{")
     assert "it is not JSON" in wrong(tmp_path, s3_location=str(tmp_path / "p.json"))
+    (tmp_path / "p.json").write_text("[" * 100_000)
+    assert "it is not JSON" in wrong(tmp_path, s3_location=str(tmp_path / "p.json"))
+    said = wrong(tmp_path, s3_location=str(tmp_path / "nowhere.json"))
+    assert f"{tmp_path}/nowhere.json: it cannot be read (No such file or directory). Correct the path" in said
 
 
 def test_esd_excludes_uris_and_channels(tmp_path: Path) -> None:
@@ -242,6 +246,40 @@ def test_esd_excludes_uris_and_channels(tmp_path: Path) -> None:
     said = wrong(tmp_path, s3_location="s3://b/p.json", output_uri="s3://b/o", objects=Objects(p=PARAMETERS))
     assert "hyperparameter output_uri: s3_location says where everything is" in said
     assert "channel model: s3_location says where everything is" in said
+
+
+def test_inputs_that_no_job_goes_without(tmp_path: Path) -> None:
+    said = wrong(tmp_path)
+    assert "model: there is neither a channel model nor a hyperparameter model_uri. Add a channel" in said
+    assert "dataset: there is neither a channel dataset nor a hyperparameter dataset_uri" in said
+
+
+def test_what_sagemakers_own_files_have_wrong_is_told_as_well(tmp_path: Path) -> None:
+    folder = tmp_path / "input" / "config"
+    (tmp_path / "input" / "data" / "extra").mkdir(parents=True)
+    folder.mkdir()
+    (folder / "resourceconfig.json").write_text('{"hosts": ["algo-1", "algo-2"]}')
+    (folder / "hyperparameters.json").write_text("[]")
+    with pytest.raises(Unfit) as raised:
+        resolve([], Tree(tmp_path), Objects())
+    said = str(raised.value)
+    assert "hyperparameters.json: it is not a JSON object" in said
+    assert "channel extra: there is no such channel" in said
+    assert "resourceconfig.json: hosts: the job has 2 hosts" in said
+
+
+def test_old_names_of_options_are_known(tmp_path: Path) -> None:
+    uris = {"model_uri": "s3://b/m", "dataset_uri": "s3://b/d"}
+    request = ask(tmp_path, lr_restart_cycles="2", caption_extention=".cap", **uris)
+    assert request.problems == ()
+    assert [one.name for one in request.layers[0]] == ["lr_restart_cycles", "caption_extention"]
+
+
+def test_a_state_is_saved_every_so_many_minutes(tmp_path: Path) -> None:
+    uris = {"model_uri": "s3://b/m", "dataset_uri": "s3://b/d"}
+    assert ask(tmp_path, **uris).state_every_minutes == 5
+    assert ask(tmp_path, state_every_minutes="0.5", **uris).state_every_minutes == 0.5
+    assert ask(tmp_path, state_every_minutes="0", **uris).problems == ()
 
 
 def test_a_channel_and_a_uri_for_one_thing(tmp_path: Path) -> None:
@@ -269,6 +307,13 @@ def test_a_channel_and_a_uri_for_one_thing(tmp_path: Path) -> None:
         ("resize_crop", "square", "'square' is not one of true, false"),
         ("netwrok_dim", "4", "Did you mean network_dim"),
         ("checkpoint_url", "s3://b/c", "there is no such hyperparameter"),
+        ("state_every_minutes", "soon", "'soon' is no number of minutes. Write state_every_minutes=5"),
+        ("state_every_minutes", "-1", "'-1' is no number of minutes"),
+        ("state_every_minutes", "inf", "'inf' is no number of minutes"),
+        ("state_every_minutes", "nan", "'nan' is no number of minutes"),
+        ("vae_uri", "ftp://b/vae", "'ftp://b/vae' is no S3 URI"),
+        ("tagger_uri", "s3://b/a\nb", "holds characters that no path has. Write tagger_uri=s3://BUCKET/KEY"),
+        ("dataset_uri", "~nobody-of-that-name/x", "Write dataset_uri=s3://BUCKET/KEY"),
     ],
 )
 def test_what_cannot_be_understood_is_refused(tmp_path: Path, name: str, value: str, said: str) -> None:
