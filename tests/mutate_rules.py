@@ -53,8 +53,8 @@ TESTS = {  # each module, and the tests in tests/unit that must notice: quick on
     "entrypoint/pictures.py": ["test_pictures.py"],
     "entrypoint/request.py": ["test_request.py"],
     "entrypoint/resize.py": ["test_resize.py"],
-    "entrypoint/storage/errors.py": ["test_storage.py"],
-    "entrypoint/storage/objects.py": ["test_storage.py"],
+    "entrypoint/storage/errors.py": ["test_storage_errors.py"],
+    "entrypoint/storage/objects.py": ["test_storage_errors.py", "test_dataset.py", "test_storage.py"],
 }
 # Deletions that no test can notice, by their module and how they begin, and why.
 EXCLUDED: dict[tuple[str, str], str] = {}
