@@ -31,11 +31,16 @@ TESTS = {  # each module, and the tests in tests/unit that must notice: quick on
     "kohya/format.py": ["test_format.py"],
     "kohya/networks.py": ["test_networks.py", "test_rules.py"],
     "kohya/dataset_config.py": ["test_dataset_config.py"],
-    "kohya/sd_scripts.py": ["test_inputs.py"],
+    "kohya/sd_scripts.py": ["test_sd_scripts.py"],
     "kohya/tokenizers.py": ["test_tokenizers.py"],
     "kohya/builtin/options.py": ["test_builtin_options.py"],
     "entrypoint/captions.py": ["test_captions.py"],
-    "entrypoint/check.py": ["test_check.py", "test_inputs.py", "test_gpu.py"],
+    "entrypoint/check.py": [
+        "test_check.py",
+        "test_inputs.py",
+        "../contract/test_refusals.py",
+        "test_checked.py",
+    ],
     "entrypoint/checked.py": ["test_checked.py"],
     "entrypoint/checkpoint.py": ["test_checkpoint.py", "test_inputs.py"],
     "entrypoint/ckpt.py": ["test_ckpt.py", "test_property_header.py"],
@@ -252,5 +257,6 @@ if __name__ == "__main__":
     import PIL.Image  # noqa: F401
     import pydantic  # noqa: F401
     import pytest
+    import torch  # noqa: F401
 
     sys.exit(main(sys.argv[1:] or list(TESTS)))
