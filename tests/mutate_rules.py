@@ -46,7 +46,7 @@ TESTS = {  # each module, and the tests in tests/unit that must notice: quick on
     "entrypoint/ckpt.py": ["test_ckpt.py", "test_property_header.py"],
     "entrypoint/contract.py": ["test_contract.py", "test_request.py"],
     "entrypoint/dataset.py": ["test_dataset.py", "test_inputs.py"],
-    "entrypoint/files.py": ["test_inputs.py", "test_storage.py"],
+    "entrypoint/files.py": ["test_inputs.py", "test_model.py", "test_dataset.py", "test_format.py"],
     "entrypoint/foreign.py": ["test_checkpoint.py"],
     "entrypoint/formatting.py": ["test_format.py"],
     "entrypoint/gpu.py": ["test_gpu.py"],

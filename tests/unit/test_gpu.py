@@ -109,7 +109,7 @@ def test_a_driver_that_serves(
     assert met(tmp_path, monkeypatch, kind, driver, cuda) is None
 
 
-@pytest.mark.parametrize("driver", ["535.183.01", "550.90.07", "570.211.01"])
+@pytest.mark.parametrize("driver", ["535.183.01", "550.90.07", "565.57.01", "570.211.01", "575.51.03"])
 @pytest.mark.parametrize(
     "kind", [T4, A10G, L40S, ("NVIDIA H100 80GB HBM3", 9.0), ("NVIDIA A100-SXM4-40GB", 8.0)]
 )
@@ -203,6 +203,15 @@ def test_a_gpu_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(problem, str)
     assert "compute capability 7.0 is too low for CUDA 13.0, which needs 7.5" in problem
     assert CUDA_12 in problem
+
+
+def test_each_cuda_has_its_oldest_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cuda, oldest in (("11.8", 450), ("12.8", 525), ("13.0", 580)):
+        assert met(tmp_path, monkeypatch, T4, f"{oldest}.1", cuda) is None
+        problem = met(tmp_path, monkeypatch, T4, f"{oldest - 1}.1", cuda)
+        assert isinstance(problem, str)
+        assert f"the driver {oldest - 1}.1 is older than CUDA {cuda} needs ({oldest}). Take " in problem
+        assert f"a host with driver {oldest} or newer." in problem
 
 
 def test_cuda_12_has_the_older_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
