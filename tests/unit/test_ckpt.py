@@ -159,8 +159,8 @@ def test_what_checkpoints_hold_besides_is_left_out(name: str, tmp_path: Path) ->
         b"J\xff\xff\xff\xff", b"K\x01", b"M\x01\x01", b"\x8a\x01\x05", b"G" + bytes(8), b"X\x01\0\0\0a",
         b"\x8c\x01a", b"B\x01\0\0\0a", b"C\x01a", b"T\x01\0\0\0a", b"U\x01a", b"\x95" + bytes(8) + b"N",
         b"\x80\x02N", b"Nq\xf0h\xf0\x86", b"Nr\xf0\0\0\0j\xf0\0\0\0\x86", b"N\x94h\0\x86", b"N", b"\x88",
-        b"\x89", b")", b"]", b"}", b"(NNt", b"N\x85", b"NN\x86", b"NNN\x87", b"]Na", b"](NNe", b"}NNs", b"}(NNu",
-        b"\x8c\x08builtins\x8c\x04dict\x93", b"cbuiltins\ndict\n", b"cbuiltins\ndict\n)\x81}b",
+        b"\x89", b")", b"]", b"}", b"(NNt", b"N\x85", b"NN\x86", b"NNN\x87", b"]Na", b"](NNe", b"}NNs",
+        b"}(NNu", b"\x8c\x08builtins\x8c\x04dict\x93", b"cbuiltins\ndict\n", b"cbuiltins\ndict\n)\x81}b",
     ],
 )  # fmt: skip
 def test_every_opcode_that_torch_writes_is_understood(program: bytes, tmp_path: Path) -> None:
