@@ -109,7 +109,7 @@ def test_a_driver_that_serves(
     assert met(tmp_path, monkeypatch, kind, driver, cuda) is None
 
 
-@pytest.mark.parametrize("driver", ["535.183.01", "550.90.07", "565.57.01", "570.211.01", "575.51.03"])
+@pytest.mark.parametrize("driver", ["535.183.01", "550.90.07", "570.211.01"])
 @pytest.mark.parametrize(
     "kind", [T4, A10G, L40S, ("NVIDIA H100 80GB HBM3", 9.0), ("NVIDIA A100-SXM4-40GB", 8.0)]
 )
@@ -125,6 +125,14 @@ def test_an_older_driver_and_the_libraries(
     assert found.environment() == {"LD_LIBRARY_PATH": f"{folder}:/usr/local/nvidia/lib:/other"}
     monkeypatch.setenv("LD_LIBRARY_PATH", "")  # an empty part would be the working directory: ld.so(8)
     assert found.environment() == {"LD_LIBRARY_PATH": str(folder)}
+
+
+@pytest.mark.parametrize("driver", ["565.57.01", "575.51.03"])
+def test_other_drivers_that_the_libraries_serve(
+    driver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_compat(tmp_path / "compat", "580.65.06")
+    assert isinstance(met(tmp_path, monkeypatch, T4, driver, "13.0"), Compat)
 
 
 @pytest.mark.parametrize("variable", [None, ""])
@@ -207,8 +215,8 @@ def test_a_gpu_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_each_cuda_has_its_oldest_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for cuda, oldest in (("11.8", 450), ("12.8", 525), ("13.0", 580)):
-        assert met(tmp_path, monkeypatch, T4, f"{oldest}.1", cuda) is None
-        problem = met(tmp_path, monkeypatch, T4, f"{oldest - 1}.1", cuda)
+        assert met(tmp_path / cuda, monkeypatch, T4, f"{oldest}.1", cuda) is None
+        problem = met(tmp_path / f"{cuda} again", monkeypatch, T4, f"{oldest - 1}.1", cuda)
         assert isinstance(problem, str)
         assert f"the driver {oldest - 1}.1 is older than CUDA {cuda} needs ({oldest}). Take " in problem
         assert f"a host with driver {oldest} or newer." in problem
