@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from entrypoint import console
 from entrypoint.contract import Tree
 from entrypoint.failures import Problem, StorageError, Unfit
 from entrypoint.request import Captioning, JobRequest, resolve
@@ -329,6 +330,13 @@ def test_a_threshold_is_a_confidence(tmp_path: Path, name: str, value: str) -> N
     uris = {"model_uri": "s3://b/m", "dataset_uri": "s3://b/d"}
     said = wrong(tmp_path, caption="wd14", **uris, **{name: value})
     assert f"hyperparameter {name}: '{value}' is no confidence above 0 and up to 1" in said
+
+
+@pytest.mark.parametrize("name", ["huggingface_token", "wandb_api_key"])
+def test_an_option_that_holds_a_secret_is_never_told(tmp_path: Path, name: str) -> None:
+    uris = {"model_uri": "s3://b/m", "dataset_uri": "s3://b/d"}
+    ask(tmp_path, **uris, **{name: f"secret-of-{name}"})
+    assert console.redact(f"it is secret-of-{name}") == "it is ***"
 
 
 def test_a_word_that_follows_no_flag(tmp_path: Path) -> None:
