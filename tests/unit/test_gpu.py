@@ -239,3 +239,16 @@ def test_a_python_without_torch_refuses_nothing(tmp_path: Path) -> None:
     python.write_text("#!/bin/sh\nexit 1\n")
     python.chmod(0o755)
     assert compatibility(Gpu(*T4, 1, "470.256.02"), python) is None
+
+
+def test_the_gpus_that_can_be_named() -> None:
+    told = {name: (one.capability, one.memory) for name, one in gpu.NAMED.items()}
+    mib = 1 << 20
+    assert told == {  # what nvidia-smi tells of them
+        "t4": (7.5, 15360 * mib),
+        "a10g": (8.6, 23028 * mib),
+        "l4": (8.9, 23034 * mib),
+        "l40s": (8.9, 46068 * mib),
+        "a100": (8.0, 40960 * mib),
+        "h100": (9.0, 81559 * mib),
+    }
