@@ -98,6 +98,11 @@ def test_a_folder_of_another_machine_is_told_how_to_be_named(path: str) -> None:
         (subset("image_dir = 'a'", "num_repeats = 0"), "num_repeats = 0 is too small"),
         (subset("image_dir = 'a'", "face_crop_aug_range = [1, 2]"), "such as [1.0, 2.0]"),
         (subset("image_dir = 'a'", "metadata_file = 'm.json'"), "metadata_file names a file or folder"),
+        (subset("image_dir = 'a'", "conditioning_data_dir = 'm'"), "conditioning_data_dir names a file or"),
+        (
+            subset("image_dir = 'a'").replace("]]", "]]\nbatch_size = 0", 1),
+            "data.toml: [[datasets]] 1: batch_size = 0 is too small. Write 1 or more.",
+        ),
         (subset("image_dir = 'a'", "is_reg = true"), "regularisation pictures alone"),
         ("[general]\nis_reg = true\n" + subset("image_dir = 'a'"), "[general]: is_reg is no key"),
         ("[general]\nresolution = '512'\n" + subset("image_dir = 'a'"), "is not pixels"),
