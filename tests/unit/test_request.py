@@ -249,6 +249,19 @@ def test_esd_excludes_uris_and_channels(tmp_path: Path) -> None:
     assert "channel model: s3_location says where everything is" in said
 
 
+@pytest.mark.parametrize("name", ["config", "dataset", "logs", "model", "output", "reg", "vae", "weights"])
+def test_each_uri_is_known_and_none_goes_with_s3_location(tmp_path: Path, name: str) -> None:
+    asked = {"model_uri": "s3://b/m", "dataset_uri": "s3://b/d", f"{name}_uri": "s3://b/x"}
+    assert ask(tmp_path, **asked).problems == ()
+    said = wrong(tmp_path, s3_location="s3://b/p.json", objects=Objects(p=PARAMETERS), **{f"{name}_uri": "x"})
+    assert f"hyperparameter {name}_uri: s3_location says where everything is. Remove one of the two." in said
+
+
+def test_event_logs_have_a_place_of_their_own(tmp_path: Path) -> None:
+    request = ask(tmp_path, "--logs_uri=s3://b/logs", model_uri="s3://b/m", dataset_uri="s3://b/d")
+    assert (str(request.logs), request.output) == ("s3://b/logs", None)
+
+
 def test_inputs_that_no_job_goes_without(tmp_path: Path) -> None:
     said = wrong(tmp_path)
     assert "model: there is neither a channel model nor a hyperparameter model_uri. Add a channel" in said
