@@ -27,7 +27,7 @@ AT_ONCE = 2
 SECONDS = 300.0  # in which tests end on a busy machine; a deletion that makes them hang has been noticed
 TESTS = {  # each module, and the tests in tests/unit that must notice: quick ones
     "kohya/rules.py": ["test_rules.py"],
-    "kohya/config.py": ["test_config.py"],
+    "kohya/config.py": ["test_config.py", "test_request.py"],
     "kohya/format.py": ["test_format.py"],
     "kohya/networks.py": ["test_networks.py", "test_rules.py"],
     "kohya/dataset_config.py": ["test_dataset_config.py"],
@@ -54,7 +54,7 @@ TESTS = {  # each module, and the tests in tests/unit that must notice: quick on
     "entrypoint/formatting.py": ["test_format.py"],
     "entrypoint/gpu.py": ["test_gpu.py"],
     "entrypoint/header.py": ["test_header.py"],
-    "entrypoint/inputs.py": ["test_inputs.py", "test_publish.py"],
+    "entrypoint/inputs.py": ["test_inputs.py", "test_publish.py", "test_check.py"],
     "entrypoint/memory.py": ["test_memory.py"],
     "entrypoint/model.py": ["test_model.py"],
     "entrypoint/pickled.py": ["test_ckpt.py"],

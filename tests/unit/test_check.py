@@ -10,6 +10,7 @@ import pytest
 from entrypoint import check
 from entrypoint.contract import Tree
 from entrypoint.gpu import Gpu
+from entrypoint.request import Source
 from kohya import config, rules
 from kohya.config import Setting
 from kohya.sd_scripts import SdScripts
@@ -222,3 +223,16 @@ def test_a_disk_that_is_too_small_and_folders_that_cannot_be_written(
     said = " ".join(map(str, check._outputs(outputs, here, check.Storage())))
     assert f"{tmp_path}/file: it cannot be written to (File exists). Name another folder." in said
     assert f"{tmp_path}/file/output/tensorboard: it cannot be written to (Not a directory). {fix}" in said
+
+
+@pytest.mark.parametrize("name", ["dataset_config", "sample_prompts"])
+def test_a_toml_that_an_option_names_is_not_the_configuration(name: str, tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(f"{name} = './a.toml'")
+    (tmp_path / "a.toml").write_text("")
+    request: Any = SimpleNamespace(layers=())
+    found = check._configuration(request, Source(tmp_path, "channel config"), check.Storage())
+    assert found is not None
+    assert found[0] == tmp_path / "job.toml"
+    (tmp_path / "job.toml").unlink()
+    request = SimpleNamespace(layers=[[Setting(name, "a.toml", f"flag --{name}")]])
+    assert check._configuration(request, Source(tmp_path, "channel config"), check.Storage()) is None

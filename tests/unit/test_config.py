@@ -398,6 +398,8 @@ def test_no_value_brings_the_checks_down_and_what_is_read_stays_read(
     ("line", "said"),
     [
         ("log_tracker_name = '../x'", "cannot be part of a file name"),
+        ("log_prefix = '../x'", "cannot be part of a file name"),
+        ("output_name = '../x'", "cannot be part of a file name"),
         ("caption_extension = '/../x'", 'caption_extension = "/../x" is no ending of a file name'),
         ("sample_every_n_steps = -1", "is too small"),
     ],

@@ -274,7 +274,11 @@ def test_prompts_and_when_to_draw_them_want_each_other(asked: Asked) -> None:
     _, merged, wrong = asked.find("sample_prompts = 'p.txt'")
     assert wrong == ""
     assert any("nothing says when to draw" in note for note in merged.notes)
-    assert "there are no sample_prompts" in asked.wrong("sample_every_n_steps = 10")
+    for line in ("sample_every_n_steps = 10", "sample_every_n_epochs = 1", "sample_at_first = true"):
+        said = (
+            f"job.toml line 1: {line.split()[0]} asks for pictures, and there are no sample_prompts to draw"
+        )
+        assert said in asked.wrong(line)
     assert asked.wrong("sample_every_n_steps = 0") == ""  # switched off (train_util.py:4462-4472)
 
 

@@ -363,6 +363,12 @@ def test_a_word_too_many_after_a_flag(tmp_path: Path) -> None:
     assert "argument stray: it follows no flag" in said
 
 
+def test_each_kind_can_be_asked_for(tmp_path: Path) -> None:
+    for kind in ("sd15", "sdxl"):
+        request = ask(tmp_path, kind=kind, model_uri="s3://b/m", dataset_uri="s3://b/d")
+        assert (request.kind, request.problems) == (kind, ())
+
+
 def test_kind_against_fm_type(tmp_path: Path) -> None:
     said = wrong(tmp_path, s3_location="s3://b/p.json", kind="sd15", objects=Objects(p=PARAMETERS))
     assert "fm_type is sd_xl, and kind is sd15" in said
