@@ -173,6 +173,8 @@ def test_folders_that_a_dataset_config_names(tmp_path: Path) -> None:
     assert 'no picture is right inside the folder "deep" of s3://b/cats' in said
     assert "there are: ., deep/er" in said
     assert "without a caption" in str(inspect_folders(sizes, "x", [folder(".", ".cap")])[1][0])
+    said = str(inspect_folders({**sizes, "a.png": 0}, "x", [folder(".")])[1][0])
+    assert said == "x/.: 1 picture (a.png) with 0 bytes. Upload them again, or take them out."
     for stands_in in ("is_reg", "has_class"):
         assert inspect_folders(sizes, "x", [folder(".", ".cap", **{stands_in: True})])[1] == []
 
@@ -312,6 +314,14 @@ class Bucket(Storage):
 
     def list(self, folder: S3Uri) -> Iterator[RemoteObject]:
         return (RemoteObject(S3Uri(folder.bucket, key), 1, "etag") for key in self.keys)
+
+
+def test_a_path_that_is_no_folder(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", tmp_path / "file"):
+        (tmp_path / "file").touch()
+        with pytest.raises(Unfit) as caught:
+            files.listing(Source(path, "flag --dataset_uri"), Storage())
+        assert str(caught.value) == f"flag --dataset_uri: {path}: it is not a folder. Correct the path."
 
 
 def test_every_key_that_leaves_its_folder_is_told() -> None:
