@@ -64,8 +64,6 @@ TESTS = {  # each module, and the tests in tests/unit that must notice: quick on
     "entrypoint/storage/errors.py": ["test_storage_errors.py"],
     "entrypoint/storage/objects.py": ["test_storage_errors.py", "test_dataset.py", "test_storage.py"],
 }
-# Deletions that no test can notice, by their module and how they begin, and why.
-EXCLUDED: dict[tuple[str, str], str] = {}
 MAKERS = {"Problem", "Conflict", "WrongFile", "NotABaseModel", "change"}
 GATHERED = {"problems", "notes"}
 # The same examples each time: what chance finds is not what notices.
@@ -211,10 +209,6 @@ def _run(tests: list[str], project: Path) -> int:
     return told[1]
 
 
-def _is_excluded(deletion: Deletion) -> bool:
-    return any(deletion.module == module and deletion.what.startswith(how) for module, how in EXCLUDED)
-
-
 def main(modules: list[str]) -> int:
     for module in modules:
         if unknown := {module} - TESTS.keys():
@@ -238,7 +232,7 @@ def main(modules: list[str]) -> int:
             if _run(tests, project):
                 print(f"{module}: its tests fail as it is", file=sys.stderr)
                 return 2
-            made = [one for one in deletions(module) if not _is_excluded(one)]
+            made = list(deletions(module))
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 left = [one for one, seen in zip(made, pool.map(noticed, made), strict=True) if not seen]
             print(f"{module}: {len(made)} rules, {len(left)} that no test misses", flush=True)
