@@ -51,7 +51,6 @@ TESTS = {  # each module, and the tests in tests/unit that must notice: quick on
     "entrypoint/failures.py": ["test_failures.py", "test_check.py"],
     "entrypoint/files.py": ["test_inputs.py", "test_model.py", "test_dataset.py", "test_format.py"],
     "entrypoint/foreign.py": ["test_checkpoint.py"],
-    "entrypoint/formatting.py": ["test_format.py"],
     "entrypoint/gpu.py": ["test_gpu.py"],
     "entrypoint/header.py": ["test_header.py"],
     "entrypoint/inputs.py": ["test_inputs.py", "test_publish.py", "test_check.py"],
