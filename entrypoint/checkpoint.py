@@ -40,7 +40,6 @@ _ENDS: Mapping[Kind, tuple[str, ...]] = {
         f"{_VAE}decoder.conv_out.weight",
     ),
     "sdxl": (
-        f"{_UNET}label_emb.0.0.weight",
         f"{_UNET}input_blocks.8.1.transformer_blocks.9.attn2.to_k.weight",
         f"{_UNET}middle_block.1.transformer_blocks.9.attn2.to_k.weight",
         f"{_UNET}output_blocks.5.1.transformer_blocks.1.attn2.to_k.weight",

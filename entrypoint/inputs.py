@@ -8,7 +8,6 @@ config    sample_prompts, dataset_config: names of files beside the configuratio
 """
 
 import json
-import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -305,7 +304,7 @@ def _read_prompts(name: str, text: str) -> list[Any]:
     if name.endswith(".json"):
         found = json.loads(text)
     else:
-        prompt = tomllib.loads(text)["prompt"]
+        prompt = config.parse(text)["prompt"]
         found = [dict(**prompt, **subset) for subset in prompt["subset"]]
     if not isinstance(found, list) or not all(isinstance(one, str | dict) for one in found):
         raise ValueError("expected a list of texts or objects")

@@ -203,8 +203,4 @@ def _member(file: BinaryIO, size: int) -> Member:
     if not member.isreg() or member.issparse():
         kind = "a sparse file" if member.isreg() else "a link, a device or a folder"
         raise NotABaseModel(f"{shown(member.name)} in the tar is {kind}, and no plain file", _ITSELF)
-    if member.offset_data + member.size > size:
-        raise NotABaseModel(
-            f"the tar ends before {shown(member.name)} does: it is cut off", "Upload it again"
-        )
     return Member(member.name, member.offset_data, member.size)

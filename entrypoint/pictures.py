@@ -29,7 +29,7 @@ from kohya.problem import counted
 MEGAPIXELS = 100  # a larger picture fills the memory of who opens it: 100 take 0.3 GB
 THREADS = 8  # Pillow unpacks outside of Python's lock
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # whatever the ending says
-TRANSPARENT = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})  # Pillow's modes with an alpha channel
+TRANSPARENT = frozenset({"RGBA", "LA", "PA", "La"})  # Pillow's modes of files with an alpha channel
 ORIENTATION = 0x0112  # the EXIF tag
 _SIDEWAYS = frozenset({5, 6, 7, 8})  # its values that swap width and height
 _TURNS = {

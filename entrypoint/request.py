@@ -331,7 +331,7 @@ def _esd_job(location: Location, where: str, storage: Reader) -> EsdJob:
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}" for fault in error.errors()]
         raise Unfit([Problem(where, fault, "Correct the parameter JSON") for fault in faults]) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Unfit([Problem(where, f"it is not JSON ({error})", "Correct the parameter JSON")]) from error
 
 

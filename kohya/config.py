@@ -82,9 +82,10 @@ _OF_A_GUI = frozenset({"epoch", "noise_offset_type"})  # kohya_ss writes them in
 
 _FILE_NAMES = ("output_name", "log_prefix", "log_tracker_name")
 _MOST_KEYS = 1000  # in one file: more is a mistake, or an attack
-_DEEP = re.compile(r"""(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){100}""")  # a key of 100 parts
+# A key of 100 parts. Like _HEADER it never goes back over what it has read: a line may be a million letters.
+_DEEP = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){100}""")
 _KEY = re.compile(r"""\s*(["']?)([^"'=\s]+)\1\s*=""")
-_HEADER = re.compile(r"\s*\[\s*([^\[\]]+?)\s*\]\s*(?:#.*)?$")
+_HEADER = re.compile(r"\s*\[([^\[\]]++)\]\s*(?:#.*)?$")
 _ENDING = re.compile(r"[\w.-]{1,32}")
 _RESOLUTION = re.compile(r"\d+(,\d+)?")
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
@@ -437,14 +438,22 @@ def _show(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
+def parse(text: str) -> dict[str, Any]:
+    """The content of a TOML text that nobody vouches for. Raises ValueError, with what is wrong."""
+    if _DEEP.search(text):  # over such keys tomllib would sit for hours
+        raise ValueError("it has a key with 100 parts")
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # also of a number of 5,000 digits, and of 1,000 brackets
+        raise ValueError(f"it is not TOML: {error}") from error
+
+
 def _parse(text: str, where: str) -> tuple[dict[str, Any], list[Problem]]:
     """The content of a TOML text, and what is set twice in one table, as TOML forbids, with both lines."""
-    if _DEEP.search(text):  # over such keys tomllib would sit for hours
-        return {}, [Problem(where, "it has a key with 100 parts", "Remove it")]
     try:
-        return tomllib.loads(text), []
-    except (ValueError, RecursionError) as error:  # also of a number of 5,000 digits, and of 1,000 brackets
-        wrong, twice = f"it is not TOML: {error}", _twice(text)
+        return parse(text), []
+    except ValueError as error:
+        wrong, twice = str(error), _twice(text)
     problems = [
         Problem(
             f"{where} line {' and '.join(map(str, numbers))}",
@@ -456,10 +465,9 @@ def _parse(text: str, where: str) -> tuple[dict[str, Any], list[Problem]]:
     again = {number for _, numbers in twice for number in numbers[1:]}
     kept = ["" if number in again else line for number, line in enumerate(text.split("\n"), 1)]
     try:  # without them, so that all else is told as well
-        return tomllib.loads("\n".join(kept)), problems
-    except (ValueError, RecursionError) as error:
-        if problems:
-            wrong = f"it is not TOML: {error}"
+        return parse("\n".join(kept)), problems
+    except ValueError as error:
+        wrong = str(error)
     return {}, [*problems, Problem(where, wrong, "Mend that line")]
 
 
@@ -478,7 +486,7 @@ def _twice(text: str) -> list[tuple[str, list[int]]]:
     table = ""
     for number, line in enumerate(text.split("\n"), 1):
         if header := _HEADER.match(line):
-            table = f"[{header[1]}]"
+            table = f"[{header[1].strip()}]"
             found[table, table].append(number)
         elif key := _KEY.match(line):
             found[table, key[2]].append(number)

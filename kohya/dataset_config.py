@@ -4,14 +4,13 @@ sd-scripts' own check (ConfigSanitizer in library/config_util.py of v0.10.1) end
 and names one key. The tables are its schema; an image_dir is here a folder below the data set.
 """
 
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from kohya.config import nearest
+from kohya.config import nearest, parse
 from kohya.problem import Problem
 
 
@@ -100,9 +99,9 @@ def read(text: str, where: str, options: Mapping[str, Any]) -> tuple[DatasetConf
     `options`: sd-scripts' options of the job, whose values count where the tables say nothing.
     """
     try:
-        content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        return DatasetConfig({}, ()), [Problem(where, f"it is not TOML: {error}", "Mend that line")]
+        content = parse(text)
+    except ValueError as error:
+        return DatasetConfig({}, ()), [Problem(where, str(error), "Mend that line")]
     if problems := _shape_problems(content, where):
         return DatasetConfig({}, ()), problems
     general = content.get("general", {})

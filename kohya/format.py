@@ -10,9 +10,10 @@ rates     text_encoder_lr1 and text_encoder_lr2 become text_encoder_lr, where th
 order     options that follow each other without a blank or a comment line stand as in sd-scripts' parser
 """
 
-import tomllib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import tomli_w
@@ -20,6 +21,9 @@ import tomli_w
 from kohya import config
 from kohya.config import Setting
 from kohya.problem import Problem
+
+_CLOSES = re.compile("""[]}]|\"{3}|'{3}""")  # a line in which a value of several lines may end
+_MOST = 100  # places at which a value or its comment may end: each is tried
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,17 @@ def formatted(text: str, where: str) -> Formatted:
     text = text.replace("\r\n", "\n")  # as TOML reads it
     settings, problems = config.read(text, where)
     changes: list[str] = []
-    try:
-        pieces = list(_pieces(text))
-    except tomllib.TOMLDecodeError:  # which config.read has told
-        pieces = []
     rate = _rate(settings)
     unknown = [one for one in settings if rate is None or one.name not in config.TEXT_ENCODER_LRS]
     problems += config.merge("sdxl", [unknown]).problems  # sdxl has every option
-    if not pieces:
+    try:
+        config.parse(text)
+    except ValueError:  # which config.read has told
         return Formatted(text, (), tuple(problems))
+    try:
+        pieces = list(_pieces(text))
+    except ValueError as error:
+        return Formatted(text, (), (*problems, Problem(where, str(error), "Write it in one line")))
     names = [piece.setting.name for piece in pieces if piece.setting]
     if len({config.ALIASES.get(name, name) for name in names}) < len(names):  # their order decides
         return Formatted(text, (), (*problems, *_under_two_names(names, where)))
@@ -63,16 +69,19 @@ def formatted(text: str, where: str) -> Formatted:
 
 
 def _pieces(text: str) -> Iterator[_Piece]:
-    """The lines of a TOML text, those of one value together. Raises TOMLDecodeError where it is none."""
+    """The lines of a TOML text, those of one value together. Raises ValueError over a value too long."""
     lines = text.split("\n")
     first = 0
     while first < len(lines):
         end = first + 1
         if not lines[first].lstrip().startswith(("#", "[")) and lines[first].strip():
-            while (found := _parsed("\n".join(lines[first:end]))) is None:
-                end += 1
-                if end > len(lines):
-                    raise tomllib.TOMLDecodeError(f"line {first + 1} begins a value that does not end")
+            ends = (number for number in range(end, len(lines) + 1)
+                    if number == end or _CLOSES.search(lines[number - 1]))  # fmt: skip
+            for end in islice(ends, _MOST):
+                if found := _parsed("\n".join(lines[first:end])):
+                    break
+            else:
+                raise ValueError(f"line {first + 1} begins a value of more than {_MOST} lines that close one")
             ((name, value),) = found.items()
             named = name in config.options() or name in config.ALIASES or name in config.TEXT_ENCODER_LRS
             setting = Setting(name, value, "") if named else None
@@ -84,7 +93,7 @@ def _pieces(text: str) -> Iterator[_Piece]:
 
 def _parsed(text: str) -> dict[str, Any] | None:
     try:
-        return tomllib.loads(text)
+        return config.parse(text)
     except ValueError:
         return None
 
@@ -125,7 +134,7 @@ def _joined(
 
 def _corrected(piece: _Piece, where: str, changes: list[str]) -> _Piece:
     """A key under its option's name, and with a value of its option's type; what is wrong stays."""
-    if piece.setting is None:
+    if piece.setting is None or piece.text.count("#") > _MOST:
         return piece
     old = piece.setting
     new = config.merge("sdxl", [[old]]).settings.get(config.ALIASES.get(old.name, old.name))

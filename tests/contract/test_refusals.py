@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from entrypoint import check as looks
+from entrypoint import memory, model
 from entrypoint.check import Plan, check
 from entrypoint.contract import Tree
-from entrypoint.failures import Unfit
+from entrypoint.failures import Problem, Unfit
 from entrypoint.request import resolve
 from entrypoint.storage import Storage
 from kohya.config import Kind
@@ -165,6 +167,24 @@ def test_numbers_and_switches_as_text_are_read_as_what_they_are(ask: Ask) -> Non
         assert "trainer sd-scripts" in plan[0]
     else:
         assert {name: plan.merged.values[name] for name in meant} == meant
+
+
+def test_what_every_look_finds_is_in_the_report(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finds(where: str) -> Callable[..., list[Problem]]:
+        return lambda *_: [Problem(where, "it is wrong", "Mend it")]
+
+    monkeypatch.setattr(memory, "problems", finds("memory"))
+    monkeypatch.setattr(looks, "_disk", finds("disk"))
+    monkeypatch.setattr(looks, "_outputs", finds("outputs"))
+    monkeypatch.setattr(model, "settle", lambda found, where, merged: (merged, finds("model")()))
+    (tmp_path / "reg").mkdir()
+    told = ask(reg_uri=str(tmp_path / "reg"), resize="512", alpha_mask="true")
+    for where in ("memory", "disk", "outputs", "model"):
+        refused(told, f"{where}: it is wrong. Mend it.")
+    refused(told, f"{tmp_path / 'reg'}: there is no picture")
+    refused(told, "alpha_mask trains where a picture is opaque, and resize lays pictures onto white")
 
 
 def test_files_that_cannot_be_used_are_told_together_before_the_training(

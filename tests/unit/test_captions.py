@@ -340,6 +340,18 @@ def test_a_model_that_is_damaged(
     assert capfd.readouterr().err == ""
 
 
+def test_a_model_that_does_not_run(pictures: Pictures, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As onnxruntime says it, without its codes."""
+
+    def run(*_: object) -> None:
+        raise RuntimeError("[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Got invalid dimensions for input: x")
+
+    monkeypatch.setattr("onnxruntime.InferenceSession.run", run)
+    pictures.add("a.png", Image.new("RGB", (40, 40)))
+    said = f"{pictures.tagger.model.file}: it does not run (Got invalid dimensions for input: x). Give a WD14"
+    assert refused(pictures.write).startswith(said)
+
+
 def test_pictures_that_cannot_be_read_are_told_together(pictures: Pictures) -> None:
     for name in ("a.png", "b.png"):
         pictures.add(name, Image.new("RGB", (40, 40))).write_bytes(b"no picture")

@@ -1,11 +1,16 @@
 """entrypoint.check: what follows from the GPU, and what sd-scripts would fail on."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from entrypoint import check
+from entrypoint.contract import Tree
 from entrypoint.gpu import Gpu
+from entrypoint.request import Source
 from kohya import config, rules
 from kohya.config import Setting
 from kohya.sd_scripts import SdScripts
@@ -75,3 +80,159 @@ def test_persistent_workers_need_workers(python: Path) -> None:
 
 def test_wandb_alone_would_leave_the_job_without_steps(python: Path) -> None:
     assert adapted("sd15", python, log_with="wandb").values["log_with"] == "all"
+
+
+T4, A10G = Gpu("Tesla T4", 7.5, 1), Gpu("NVIDIA A10G", 8.6, 1)
+
+
+def tried(
+    gpu: Gpu | None = None, *, trainer: str = "builtin", here: bool = True, **values: object
+) -> tuple[config.Merged, str]:
+    """The configuration for a trainer on this machine, and what is wrong."""
+    layer = [Setting(name, value, f"flag --{name}") for name, value in values.items()]
+    merged = config.merge("sd15", [config.preset("sd15"), check._machine(gpu), layer])
+    request: Any = SimpleNamespace(trainer=trainer)
+    _, merged, problems = check._trainer(request, "sd15", merged, gpu, here=here)
+    return merged, " ".join(map(str, problems))
+
+
+def test_a_precision_that_the_machine_does_not_have() -> None:
+    fix = (
+        "mixed_precision = fp16 does not run on a CPU, and this machine has no GPU. Write mixed_precision=no."
+    )
+    assert tried(mixed_precision="fp16")[1] == f"flag --mixed_precision: {fix}"
+    assert tried(T4, mixed_precision="fp16")[1] == ""
+    fix = "mixed_precision = bf16 does not run on a Tesla T4. Write mixed_precision=fp16."
+    assert tried(T4, mixed_precision="bf16")[1] == f"flag --mixed_precision: {fix}"
+    assert tried(A10G, mixed_precision="bf16")[1] == ""
+
+
+def test_tokenizers_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_DIR", str(tmp_path))
+    said = f"the CLIP tokenizers are not in {tmp_path}. Type: python -m kohya.tokenizers."
+    assert tried()[1] == f"trainer builtin: {said}"
+    assert tried(here=False)[1] == ""
+
+
+@pytest.mark.parametrize("trainer", ["builtin", "sd-scripts"])
+def test_a_state_that_is_none(trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = tmp_path / "state"
+    state.mkdir()
+    own = {"builtin": "random_states.bin", "sd-scripts": "random_states_0.pkl"}[trainer]
+    for name in ("train_state.json", own):
+        said = (
+            f"{state} is no state of the trainer {trainer}: there is no {name} in it. Name a folder such as"
+        )
+        assert f"flag --resume: {said} lora-step00000012-state." in tried(trainer=trainer, resume="state")[1]
+        (state / name).touch()
+    merged, said = tried(trainer=trainer, resume="state")
+    assert "is no state" not in said
+    assert (merged.values["resume"], merged.settings["resume"].where) == (str(state), "flag --resume")
+
+
+def test_what_builtin_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = tried(network_dropout=0.1)[1]
+    assert said.startswith("flag --network_dropout: builtin does not have this option. Take it out")
+    assert "trainer builtin: network_module: builtin knows networks.lora, not" in " ".join(
+        map(str, check._builtin(config.merge("sd15", [])))
+    )
+    lacking = {"torch", "diffusers", "transformers", "accelerate", "tensorboard", "PIL"}
+    for name in lacking:
+        monkeypatch.setattr("importlib.util.find_spec", lambda asked, name=name: asked != name or None)
+        fix = "Type: pip install 'sagemaker-kohya[train]'."
+        assert tried()[1] == f"trainer builtin: {name} cannot be imported here. {fix}"
+
+
+def test_sd_scripts_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SD_SCRIPTS_DIR", str(tmp_path))
+    absent = f"sd-scripts is not in {tmp_path}: there is no train_network.py"
+    said = tried(trainer="sd-scripts")[1]
+    assert said.startswith(f"trainer sd-scripts: {absent}. Type make sd-scripts, or set SD_SCRIPTS_DIR")
+    merged, said = tried(trainer="sd-scripts", here=False)
+    assert said == ""
+    assert merged.notes[-1] == f"{absent}; nothing is trained on this machine"
+
+
+def test_xformers_where_there_are_none(python: Path, tmp_path: Path) -> None:
+    merged = adapted("sd15", python, xformers=True)
+    assert (merged.values["xformers"], merged.values["sdpa"]) == (False, True)
+    assert "xformers = true becomes false: xformers needs a GPU" in " ".join(merged.notes)
+    python.write_text("#!/bin/sh\necho xformers\n")
+    asked = config.merge("sd15", [config.preset("sd15"), [Setting("xformers", True, "flag")]])
+    merged, _ = check._sd_scripts(SdScripts(tmp_path, python), "sd15", asked, A10G)
+    assert merged.values["xformers"] is False
+    assert "xformers is not installed" in " ".join(merged.notes)
+
+
+def test_what_the_job_sets_for_sd_scripts_itself(python: Path) -> None:
+    assert adapted("sd15", python).values["console_log_simple"] is True
+    assert "skip_until_initial_step" not in adapted("sd15", python).values
+    assert adapted("sd15", python, resume="/state").values["skip_until_initial_step"] is True
+    merged = config.merge("sd15", [config.preset("sd15"), check._machine(A10G)])
+    assert "ddp_timeout" not in check._sd_scripts(None, "sd15", merged, A10G)[0].values
+    two = Gpu("NVIDIA A10G", 8.6, 2)
+    assert check._sd_scripts(None, "sd15", merged, two)[0].values["ddp_timeout"] == 120
+    asked = config.change(merged, {"ddp_timeout": 5}, "flag")
+    assert check._sd_scripts(None, "sd15", asked, two)[0].values["ddp_timeout"] == 5
+
+
+def test_what_the_python_of_sd_scripts_lacks(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\ncase $2 in *import_module*) exit 1;; esac\necho torch lion_pytorch\n")
+    python.chmod(0o755)
+    lion = config.merge("sd15", [[Setting("optimizer_type", "Lion", "flag --optimizer_type")]])
+    said = " ".join(map(str, check._lacking(SdScripts(tmp_path, python), lion)))
+    wrong = f"torch cannot be imported by {python}. Type: {python} -m pip install torch."
+    assert f"trainer sd-scripts: {wrong}" in said
+    wrong = f"lion_pytorch cannot be imported by {python}. Type: {python} -m pip install lion-pytorch"
+    assert f"flag --optimizer_type: {wrong}" in said
+    own = config.merge("sd15", [[Setting("optimizer_type", "mine.Best", "flag --optimizer_type")]])
+    said = " ".join(map(str, check._lacking(SdScripts(tmp_path, python), own)))
+    assert f"flag --optimizer_type: mine.Best cannot be imported by {python}. Correct its name." in said
+
+
+@pytest.mark.parametrize("name", ["torch", "diffusers", "transformers", "accelerate", "tensorboard", "PIL"])
+def test_the_python_of_sd_scripts_is_asked_for_each_library(name: str, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase " $* " in *" {name} "*) echo {name};; esac\n')
+    python.chmod(0o755)
+    (found,) = check._lacking(SdScripts(tmp_path, python), config.merge("sd15", [config.preset("sd15")]))
+    assert str(found).startswith(f"trainer sd-scripts: {name} cannot be imported by {python}")
+
+
+def test_a_disk_that_is_too_small_and_folders_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = check.Here(Tree(tmp_path / "ml"), tmp_path / "scratch")
+    assert check._disk(0, here) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_500_000_000))
+    said = "the inputs and the trainer's files need 2,000 MB, and 1,500 MB are free"
+    (found,) = check._disk(1_000_000_000, here)
+    assert str(found) == f"{tmp_path}/scratch: {said}. Give the job a larger volume (VolumeSizeInGB)."
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=900_000_000))
+    assert "ml/model: the LoRAs need 1,000 MB, and 900 MB are free" in str(check._disk(0, here)[1])
+    (tmp_path / "file").touch()
+    here = check.Here(Tree(tmp_path / "file"), tmp_path / "file")
+    fix = "Set SAGEMAKER_BASE_DIR to a folder of your own."
+    assert [str(one) for one in check._disk(0, here)] == [
+        f"{tmp_path}/file: it cannot be written to (File exists). {fix}",
+        f"{tmp_path}/file/model: it cannot be written to (Not a directory). {fix}",
+    ]
+    outputs: Any = SimpleNamespace(output=tmp_path / "file", logs=None)
+    said = " ".join(map(str, check._outputs(outputs, here, check.Storage())))
+    assert f"{tmp_path}/file: it cannot be written to (File exists). Name another folder." in said
+    assert f"{tmp_path}/file/output/tensorboard: it cannot be written to (Not a directory). {fix}" in said
+
+
+@pytest.mark.parametrize("name", ["dataset_config", "sample_prompts"])
+def test_a_toml_that_an_option_names_is_not_the_configuration(name: str, tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(f"{name} = './a.toml'")
+    (tmp_path / "a.toml").write_text("")
+    request: Any = SimpleNamespace(layers=())
+    found = check._configuration(request, Source(tmp_path, "channel config"), check.Storage())
+    assert found is not None
+    assert found[0] == tmp_path / "job.toml"
+    (tmp_path / "job.toml").unlink()
+    request = SimpleNamespace(layers=[[Setting(name, "a.toml", f"flag --{name}")]])
+    assert check._configuration(request, Source(tmp_path, "channel config"), check.Storage()) is None

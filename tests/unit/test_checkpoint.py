@@ -146,6 +146,43 @@ def test_a_model_without_one_of_its_parts(kind: Kind, gone: str, part: str) -> N
         identify(header(left))
 
 
+U, V = "model.diffusion_model.", "first_stage_model."
+L, G = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
+CLIP = "cond_stage_model.transformer.text_model."
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("sd15", name) for name in (
+            f"{U}middle_block.1.proj_in.weight",
+            f"{U}output_blocks.11.1.transformer_blocks.0.attn2.to_k.weight", f"{U}out.2.weight",
+            f"{CLIP}embeddings.token_embedding.weight", f"{CLIP}encoder.layers.11.mlp.fc2.weight",
+            f"{V}encoder.conv_in.weight", f"{V}decoder.conv_out.weight",
+        )),
+        *(("sdxl", name) for name in (
+            f"{U}input_blocks.8.1.transformer_blocks.9.attn2.to_k.weight",
+            f"{U}middle_block.1.transformer_blocks.9.attn2.to_k.weight",
+            f"{U}output_blocks.5.1.transformer_blocks.1.attn2.to_k.weight", f"{U}out.2.weight",
+            f"{L}embeddings.token_embedding.weight", f"{L}encoder.layers.11.mlp.fc2.weight",
+            f"{G}token_embedding.weight", f"{G}transformer.resblocks.31.mlp.c_proj.weight",
+            f"{V}encoder.conv_in.weight", f"{V}decoder.conv_out.weight",
+        )),
+    ],
+)  # fmt: skip
+def test_a_model_without_a_tensor_at_one_of_its_ends(kind: Kind, name: str) -> None:
+    shapes = names_and_shapes(f"base_{kind}")
+    del shapes[name]
+    with pytest.raises(NotABaseModel, match=f"lacks {re.escape(name)}, and perhaps more"):
+        identify(header(shapes))
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
+def test_weights_that_are_precise_enough(dtype: str) -> None:
+    facts = header(names_and_shapes("base_sd15"))
+    assert identify({name: {**fact, "dtype": dtype} for name, fact in facts.items()}) == "sd15"
+
+
 def test_sd15s_text_encoder_in_its_older_form() -> None:
     shapes = names_and_shapes("base_sd15")
     assert (
@@ -186,6 +223,21 @@ def test_what_a_model_predicts(
 def test_a_lora_that_works_is_told_with_its_facts(lora: dict[str, np.ndarray], tmp_path: Path) -> None:
     found = verify_lora(saved(lora, tmp_path / "x.safetensors"), expected("sd15", PLAIN))
     assert (found.modules, found.rank, found.bytes) == (264, 4, found.path.stat().st_size)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_lora_works_in_every_precision_that_programs_load(
+    lora: dict[str, np.ndarray], dtype: Any, tmp_path: Path
+) -> None:
+    path = saved({name: tensor.astype(dtype) for name, tensor in lora.items()}, tmp_path / "x.safetensors")
+    assert verify_lora(path, expected("sd15", PLAIN)).rank == 4
+
+
+def test_a_lora_of_whole_numbers_is_refused(lora: dict[str, np.ndarray], tmp_path: Path) -> None:
+    name = "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"
+    path = saved({**lora, name: lora[name].astype(np.int8)}, tmp_path / "x.safetensors")
+    with pytest.raises(BadLora, match="holds numbers of type I8, which no program loads as a LoRA"):
+        verify_lora(path, expected("sd15", PLAIN))
 
 
 def test_a_lora_of_the_unet_alone_works_where_only_that_was_trained(

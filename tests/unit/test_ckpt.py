@@ -80,6 +80,8 @@ def tensors() -> dict[str, torch.Tensor]:
         "double": torch.randn(2).double(),
         "long": torch.arange(77).expand((1, -1)),
         "int": torch.arange(3, dtype=torch.int32),
+        "short": torch.arange(3, dtype=torch.int16),
+        "char": torch.arange(3, dtype=torch.int8),
         "byte": torch.arange(3, dtype=torch.uint8),
         "bool": torch.tensor([True, False]),
         "scalar": torch.tensor(0.5),
@@ -119,15 +121,51 @@ def test_what_is_no_tensor_is_left_out(tmp_path: Path) -> None:
     assert converted(saved(content), tmp_path).keys() == {"a"}
 
 
-def test_lightnings_callbacks_are_no_reason_to_refuse(tmp_path: Path) -> None:
-    """sd-v1-4.ckpt has them; torch.load(weights_only=True) refuses it."""
+def beside_a_tensor(program: bytes) -> bytes:
+    """A .ckpt with one tensor, a, and something else beside it."""
     whole = saved({"state_dict": {"a": torch.ones(2)}, "callbacks": {"x": "PLACE"}})
-    call = b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n)\x81"
 
     def change(name: str, inside: bytes) -> bytes:
-        return inside.replace(b"X\x05\x00\x00\x00PLACE", call) if name.endswith("data.pkl") else inside
+        return inside.replace(b"X\x05\x00\x00\x00PLACE", program) if name.endswith("data.pkl") else inside
 
-    assert converted(rewritten(whole, change), tmp_path).keys() == {"a"}
+    return rewritten(whole, change)
+
+
+def test_lightnings_callbacks_are_no_reason_to_refuse(tmp_path: Path) -> None:
+    """sd-v1-4.ckpt has them; torch.load(weights_only=True) refuses it."""
+    call = b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n)\x81"
+    assert converted(beside_a_tensor(call), tmp_path).keys() == {"a"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "__builtin__ dict", "__builtin__ list", "__builtin__ set", "builtins dict", "builtins list",
+        "builtins set", "_codecs encode", "collections OrderedDict", "collections defaultdict", "numpy dtype",
+        "numpy.core.multiarray scalar", "numpy._core.multiarray scalar", "torch float16", "torch float32",
+        "torch bfloat16", "pytorch_lightning.callbacks.model_checkpoint ModelCheckpoint",
+    ],
+)  # fmt: skip
+def test_what_checkpoints_hold_besides_is_left_out(name: str, tmp_path: Path) -> None:
+    """Called and given attributes, or as it is."""
+    named = b"c" + name.replace(" ", "\n").encode() + b"\n"
+    for program in (named, named + b")R", named + b")R}b"):
+        assert converted(beside_a_tensor(program), tmp_path).keys() == {"a"}
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"J\xff\xff\xff\xff", b"K\x01", b"M\x01\x01", b"\x8a\x01\x05", b"G" + bytes(8), b"X\x01\0\0\0a",
+        b"\x8c\x01a", b"B\x01\0\0\0a", b"C\x01a", b"T\x01\0\0\0a", b"U\x01a", b"\x95" + bytes(8) + b"N",
+        b"\x80\x02N", b"Nq\xf0h\xf0\x86", b"Nr\xf0\0\0\0j\xf0\0\0\0\x86", b"N\x94h\0\x86", b"N", b"\x88",
+        b"\x89", b")", b"]", b"}", b"(NNt", b"N\x85", b"NN\x86", b"NNN\x87", b"]Na", b"](NNe", b"}NNs",
+        b"}(NNu", b"\x8c\x08builtins\x8c\x04dict\x93", b"cbuiltins\ndict\n", b"cbuiltins\ndict\n)\x81}b",
+    ],
+)  # fmt: skip
+def test_every_opcode_that_torch_writes_is_understood(program: bytes, tmp_path: Path) -> None:
+    """Those of protocols 2 to 5, and of Python 2's pickles of texts."""
+    assert converted(beside_a_tensor(program), tmp_path).keys() == {"a"}
 
 
 @pytest.mark.parametrize("protocol", [2, 4])

@@ -12,6 +12,12 @@ def test_secrets_are_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert console.redact("token hf_abcdefgh, key wJalrXUtnFEMI") == "token ***, key ***"
 
 
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "WANDB_API_KEY"])
+def test_variables_that_hold_a_secret(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "not-to-be-told")
+    assert console.redact("it is not-to-be-told") == "it is ***"
+
+
 def test_presigned_urls_lose_their_signature() -> None:
     url = "https://b.s3.amazonaws.com/k?X-Amz-Credential=AKIA%2F1&X-Amz-Date=2026&X-Amz-Signature=beef"
     assert console.redact(url) == (

@@ -129,6 +129,13 @@ def test_more_than_one_host_is_refused(tree: Tree) -> None:
     assert tree.hosts()[1] == []
 
 
+def test_hosts_that_are_no_list(tree: Tree) -> None:
+    put(tree, "resourceconfig.json", {"hosts": "algo-1"})
+    hosts, problems = tree.hosts()
+    assert hosts == []
+    assert str(problems[0]).startswith("resourceconfig.json: hosts: it is not a list. Write a JSON list")
+
+
 def test_failure_file_holds_whole_characters_within_the_limit(tree: Tree) -> None:
     tree.write_failure("The cause: " + "絵" * 1000)
     content = tree.failure.read_bytes()

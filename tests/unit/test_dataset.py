@@ -106,6 +106,32 @@ def test_missing_captions_are_counted_and_named_unless_allowed() -> None:
     assert data_set.pictures == 5
 
 
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".PNG"])
+def test_pictures_that_sd_scripts_reads(ending: str) -> None:
+    data_set, problems = look(f"1_cat/a{ending}", "1_cat/a.txt")
+    assert (data_set.pictures, problems) == (1, [])
+
+
+@pytest.mark.parametrize("ending", [".avif", ".gif", ".heic", ".heif", ".jfif", ".jxl", ".tif", ".tiff"])
+def test_pictures_that_sd_scripts_does_not_read(ending: str) -> None:
+    said = told("1_cat/a.png", "1_cat/a.txt", f"1_cat/b{ending}")
+    assert f"would leave out 1 picture (b{ending}). Save them as .png or .jpg, or take them out" in said
+
+
+@pytest.mark.parametrize("ending", [".caption", ".tags", ".cap"])
+def test_endings_that_tools_give_their_captions(ending: str) -> None:
+    assert f"it has a {ending} file. Set caption_extension={ending}" in told("1_a/a.png", f"1_a/a{ending}")
+    notes = look("1_a/a.png", "1_a/a.txt", f"1_a/b{ending}")[0].notes
+    assert notes == (f"left out: 1 caption without a picture (b{ending})",)
+
+
+@pytest.mark.parametrize("name", ["__MACOSX/a.png", "@eaDir/a.png", "Thumbs.db", "desktop.ini", ".a.png"])
+def test_files_that_no_person_put_there(name: str) -> None:
+    data_set, problems = look("1_cat/a.png", "1_cat/a.txt", name)
+    assert problems == []
+    assert data_set.notes == (f"left out: 1 hidden file ({Path(name).name})",)
+
+
 def test_captions_of_another_ending_are_missing() -> None:
     assert "without a caption" in told("1_cat/a.png", "1_cat/a.caption")
     sizes = {"1_cat/a.png": 10, "1_cat/a.caption": 10}
@@ -156,6 +182,8 @@ def test_folders_that_a_dataset_config_names(tmp_path: Path) -> None:
     assert 'no picture is right inside the folder "deep" of s3://b/cats' in said
     assert "there are: ., deep/er" in said
     assert "without a caption" in str(inspect_folders(sizes, "x", [folder(".", ".cap")])[1][0])
+    said = str(inspect_folders({**sizes, "a.png": 0}, "x", [folder(".")])[1][0])
+    assert said == "x/.: 1 picture (a.png) with 0 bytes. Upload them again, or take them out."
     for stands_in in ("is_reg", "has_class"):
         assert inspect_folders(sizes, "x", [folder(".", ".cap", **{stands_in: True})])[1] == []
 
@@ -297,6 +325,14 @@ class Bucket(Storage):
 
     def list(self, folder: S3Uri) -> Iterator[RemoteObject]:
         return (RemoteObject(S3Uri(folder.bucket, key), 1, 32 * "e") for key in self.keys)
+
+
+def test_a_path_that_is_no_folder(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", tmp_path / "file"):
+        (tmp_path / "file").touch()
+        with pytest.raises(Unfit) as caught:
+            files.listing(Source(path, "flag --dataset_uri"), Storage())
+        assert str(caught.value) == f"flag --dataset_uri: {path}: it is not a folder. Correct the path."
 
 
 def test_every_key_that_leaves_its_folder_is_told() -> None:

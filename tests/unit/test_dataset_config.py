@@ -83,6 +83,10 @@ def test_a_folder_of_another_machine_is_told_how_to_be_named(path: str) -> None:
         ("[general]\n", "it lists no [[datasets]] with [[datasets.subsets]]"),
         ("[[datasets]]\nresolution = 512", "it lists no [[datasets]]"),
         ("datasets = 3", "it lists no [[datasets]]"),
+        ("general = 3\n" + subset("image_dir = 'a'"), "data.toml: general is no table. Write [general]"),
+        ("a = " + "[" * 5000, "it is not TOML"),
+        ("seed = 1" + "0" * 5000, "it is not TOML"),
+        ("a." * 200_000 + "b = 1", "it has a key with 100 parts"),
         ("shuffle_caption = true\n" + subset("image_dir = 'a'"), "shuffle_caption stands outside"),
         (subset("num_repeats = 1"), "image_dir = None names no folder"),
         (
@@ -94,6 +98,11 @@ def test_a_folder_of_another_machine_is_told_how_to_be_named(path: str) -> None:
         (subset("image_dir = 'a'", "num_repeats = 0"), "num_repeats = 0 is too small"),
         (subset("image_dir = 'a'", "face_crop_aug_range = [1, 2]"), "such as [1.0, 2.0]"),
         (subset("image_dir = 'a'", "metadata_file = 'm.json'"), "metadata_file names a file or folder"),
+        (subset("image_dir = 'a'", "conditioning_data_dir = 'm'"), "conditioning_data_dir names a file or"),
+        (
+            subset("image_dir = 'a'").replace("]]", "]]\nbatch_size = 0", 1),
+            "data.toml: [[datasets]] 1: batch_size = 0 is too small. Write 1 or more.",
+        ),
         (subset("image_dir = 'a'", "is_reg = true"), "regularisation pictures alone"),
         ("[general]\nis_reg = true\n" + subset("image_dir = 'a'"), "[general]: is_reg is no key"),
         ("[general]\nresolution = '512'\n" + subset("image_dir = 'a'"), "is not pixels"),
@@ -109,3 +118,59 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
     assert "seed is no key" in said
     assert "flip_aug = 1 is not true or false" in said
     assert "image_dir = '/a' names no folder" in said
+
+
+# config_util.py of v0.10.1, ConfigSanitizer: the keys of every table, of those above subsets, of subsets.
+ANYWHERE = """
+color_aug = true
+flip_aug = true
+random_crop = true
+shuffle_caption = true
+enable_wildcard = true
+cache_info = true
+num_repeats = 2
+keep_tokens = 1
+token_warmup_min = 1
+caption_dropout_every_n_epochs = 0
+keep_tokens_separator = "|||"
+secondary_separator = ";;;"
+caption_separator = ","
+caption_prefix = "a"
+caption_suffix = "b"
+resize_interpolation = "area"
+caption_extension = ".txt"
+class_tokens = "cat"
+token_warmup_step = 1
+caption_dropout_rate = 0.1
+caption_tag_dropout_rate = 0.1
+face_crop_aug_range = [1.0, 2.0]
+custom_attributes = {a = 1}
+"""
+ABOVE = """
+bucket_no_upscale = true
+enable_bucket = true
+batch_size = 2
+bucket_reso_steps = 64
+max_bucket_reso = 1024
+min_bucket_reso = 256
+validation_seed = 1
+validation_split = 0.5
+network_multiplier = 1.0
+resolution = 512
+"""
+OWN = 'image_dir = "a"\nis_reg = false\nalpha_mask = true\n'
+TABLES = f"[general]{ANYWHERE}{ABOVE}\n[[datasets]]{ANYWHERE}{ABOVE}\n[[datasets.subsets]]{ANYWHERE}{OWN}"
+
+
+def test_every_key_of_sd_scripts_is_known() -> None:
+    assert told(TABLES) == ""
+
+
+@pytest.mark.parametrize("line", [*(ANYWHERE + ABOVE + OWN).split("\n")[1:-1]])
+def test_a_value_of_another_type(line: str) -> None:
+    """A date is none of any key."""
+    name = line.partition(" = ")[0]
+    if name == "image_dir" or not name:
+        return
+    said = told(TABLES.replace(line, f"{name} = 2020-01-01"))
+    assert f"{name} = datetime.date(2020, 1, 1) is not " in said

@@ -26,3 +26,12 @@ def test_collecting_goes_on_after_a_problem() -> None:
 def test_collecting_lets_other_errors_through() -> None:
     with pytest.raises(JobError, match="broken"), collecting([]):
         raise JobError("broken")
+
+
+def test_a_path_that_cannot_be_used_is_a_problem_like_others() -> None:
+    problems: list[Problem] = []
+    with collecting(problems):
+        raise PermissionError(13, "Permission denied", "/root/model")
+    assert [str(one) for one in problems] == [
+        "/root/model: it cannot be used (Permission denied). Correct the path."
+    ]

@@ -113,6 +113,11 @@ def test_the_presets_are_neat_but_for_their_order(kind: str) -> None:
         ("clip_skip = '99'\n", "is too large"),
         ("seed = [1,\n", "it is not TOML"),
         ("a." * 200 + "b = 1\n", "a key with 100 parts"),
+        ("a = " + "[" * 5000, "it is not TOML"),
+        ("a = [\n" + "1,\n" * 100_000, "it is not TOML"),
+        ("a = [\n" + "1,\n" * 100_000 + "]", "a is no option"),
+        ("a = [\n" + "[1],\n" * 10_000 + "]", "line 1 begins a value of more than 100 lines that close one"),
+        ("network_args = '" + "#" * 100_000 + "'", ""),  # of which each might begin a comment
     ],
 )
 def test_what_is_not_safe_is_told_and_left(text: str, said: str) -> None:

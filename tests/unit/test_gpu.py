@@ -127,6 +127,14 @@ def test_an_older_driver_and_the_libraries(
     assert found.environment() == {"LD_LIBRARY_PATH": str(folder)}
 
 
+@pytest.mark.parametrize("driver", ["565.57.01", "575.51.03"])
+def test_other_drivers_that_the_libraries_serve(
+    driver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_compat(tmp_path / "compat", "580.65.06")
+    assert isinstance(met(tmp_path, monkeypatch, T4, driver, "13.0"), Compat)
+
+
 @pytest.mark.parametrize("variable", [None, ""])
 def test_the_libraries_of_the_image(
     variable: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -205,6 +213,15 @@ def test_a_gpu_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert CUDA_12 in problem
 
 
+def test_each_cuda_has_its_oldest_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cuda, oldest in (("11.8", 450), ("12.8", 525), ("13.0", 580)):
+        assert met(tmp_path / cuda, monkeypatch, T4, f"{oldest}.1", cuda) is None
+        problem = met(tmp_path / f"{cuda} again", monkeypatch, T4, f"{oldest - 1}.1", cuda)
+        assert isinstance(problem, str)
+        assert f"the driver {oldest - 1}.1 is older than CUDA {cuda} needs ({oldest}). Take " in problem
+        assert f"a host with driver {oldest} or newer." in problem
+
+
 def test_cuda_12_has_the_older_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert met(tmp_path, monkeypatch, V100, "550.90.07", "12.8") is None
 
@@ -222,3 +239,16 @@ def test_a_python_without_torch_refuses_nothing(tmp_path: Path) -> None:
     python.write_text("#!/bin/sh\nexit 1\n")
     python.chmod(0o755)
     assert compatibility(Gpu(*T4, 1, "470.256.02"), python) is None
+
+
+def test_the_gpus_that_can_be_named() -> None:
+    told = {name: (one.capability, one.memory) for name, one in gpu.NAMED.items()}
+    mib = 1 << 20
+    assert told == {  # what nvidia-smi tells of them
+        "t4": (7.5, 15360 * mib),
+        "a10g": (8.6, 23028 * mib),
+        "l4": (8.9, 23034 * mib),
+        "l40s": (8.9, 46068 * mib),
+        "a100": (8.0, 40960 * mib),
+        "h100": (9.0, 81559 * mib),
+    }

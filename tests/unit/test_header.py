@@ -157,3 +157,19 @@ def test_what_a_library_raises_over_a_file_is_damage_and_what_the_disk_says_is_n
         raise IndexError("x")
     with pytest.raises(PermissionError), guarded("tar"):
         raise PermissionError
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "size"),
+    [
+        ("BOOL U8 I8 F8_E4M3 F8_E5M2", 1),
+        ("U16 I16 F16 BF16", 2),
+        ("U32 I32 F32", 4),
+        ("U64 I64 F64", 8),
+    ],
+)
+def test_every_type_of_the_format(dtypes: str, size: int) -> None:
+    """safetensors 0.4.5, safetensors/src/tensor.rs, enum Dtype."""
+    for dtype in dtypes.split():
+        content = file({"a": {"dtype": dtype, "shape": [3], "data_offsets": [0, 3 * size]}}, 3 * size)
+        assert read_header(io.BytesIO(content), len(content))["a"]["dtype"] == dtype

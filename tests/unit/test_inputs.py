@@ -109,7 +109,7 @@ def test_what_is_no_vae(asked: Asked, shapes: dict[str, tuple[int, ...]], said: 
     assert said in asked.wrong()
 
 
-@pytest.mark.parametrize("name", ["v.ckpt", "v.pt", "v.bin"])
+@pytest.mark.parametrize("name", ["v.ckpt", "v.pt", "v.pth", "v.bin"])
 def test_a_vae_that_is_a_pickle(asked: Asked, name: str) -> None:
     (asked.channel("vae") / name).write_bytes(b"PK")
     assert "it is a pickle" in asked.wrong()
@@ -245,6 +245,12 @@ def test_sample_prompts(asked: Asked, name: str, text: str) -> None:
         ("p.toml", b"prompt = 'a cat'", "it holds no sample prompts"),
         ("p.yaml", b"a cat", "has none of the endings .txt"),
         ("other.txt", b"a cat", "in its folder there are other.txt"),
+        ("p.toml", b"a = " + b"[" * 5000, "it holds no sample prompts"),
+        ("p.toml", b"a." * 200_000 + b"b = 1", "it holds no sample prompts"),
+        ("p.json", b"[" * 100_000, "it holds no sample prompts"),
+        ("p.json", b"[1" + b"0" * 5000 + b"]", "it holds no sample prompts"),
+        ("p.json", b"[1]", "expected a list of texts or objects"),
+        ("p.json", b'[{"controlnet_image": "pose.png"}]', "ControlNet"),
     ],
 )
 def test_sample_prompts_that_would_fail_at_the_first_sample(
@@ -267,8 +273,41 @@ def test_prompts_and_when_to_draw_them_want_each_other(asked: Asked) -> None:
     _, merged, wrong = asked.find("sample_prompts = 'p.txt'")
     assert wrong == ""
     assert any("nothing says when to draw" in note for note in merged.notes)
-    assert "there are no sample_prompts" in asked.wrong("sample_every_n_steps = 10")
+    for line in ("sample_every_n_steps = 10", "sample_every_n_epochs = 1", "sample_at_first = true"):
+        said = (
+            f"job.toml line 1: {line.split()[0]} asks for pictures, and there are no sample_prompts to draw"
+        )
+        assert said in asked.wrong(line)
     assert asked.wrong("sample_every_n_steps = 0") == ""  # switched off (train_util.py:4462-4472)
+
+
+def test_a_file_beside_a_configuration_that_is_not_there(asked: Asked) -> None:
+    said = asked.wrong("sample_prompts = 'p.txt'\nsample_at_first = true")
+    assert "sample_prompts names a file beside the configuration, and there is no channel config" in said
+    assert 'write sample_prompts = "p.txt"; or type --config_uri=s3://BUCKET/config' in said
+
+
+def test_a_vae_that_may_not_be_read(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = save(asked.channel("vae") / "v.safetensors", VAE)
+    usual = Path.open
+
+    def refused(self: Path, *mode: Any, **more: Any) -> Any:
+        if self == file:
+            raise PermissionError(13, "Permission denied")
+        return usual(self, *mode, **more)
+
+    monkeypatch.setattr(Path, "open", refused)
+    said = f"channel vae: {file}: it cannot be read (Permission denied). Check its path and permissions."
+    assert asked.wrong() == said
+
+
+def test_a_masked_loss_wants_a_mask_in_a_subset(asked: Asked) -> None:
+    described = asked.channel("config") / "data.toml"
+    described.write_text(DATA)
+    said = asked.wrong("dataset_config = 'data.toml'\nmasked_loss = true")
+    assert "job.toml line 2: masked_loss needs alpha_mask, which no subset has. Set alpha_mask = true" in said
+    described.write_text(DATA + "alpha_mask = true\n")
+    assert asked.wrong("dataset_config = 'data.toml'\nmasked_loss = true") == ""
 
 
 DATA = "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'cat'\nnum_repeats = 3\n"

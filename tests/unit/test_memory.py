@@ -174,13 +174,17 @@ def test_the_machines_memory_must_hold_sdxl_while_it_is_loaded() -> None:
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = memory.of_this_machine()
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    for name in memory._LIMITS:
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroup v2 and v1
         file = tmp_path / name
         file.parent.mkdir(exist_ok=True)
         file.write_text("1000000\n")
         assert memory.of_this_machine() == 1_000_000
         file.write_text("max\n")
     assert memory.of_this_machine() >= whole
+
+
+def test_a_need_is_told_with_what_it_rests_on() -> None:
+    assert str(memory.Need(1.5e9, 12e9)) == "at least 1.5 GB, 12.0 GB by an estimate"
 
 
 def test_a_gpus_memory_is_what_nvidia_smi_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

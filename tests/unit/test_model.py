@@ -160,6 +160,18 @@ def test_folders(files: list[str], said: str, tmp_path: Path) -> None:
     assert said in told(written(tmp_path / "m", dict.fromkeys(files, b"words " * 9)))
 
 
+@pytest.mark.parametrize(
+    "ending", [".gguf", ".pt", ".pth", ".bin", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z"]
+)
+def test_what_people_give_as_well_is_told_as_what_it_is(ending: str, tmp_path: Path) -> None:
+    said = told(written(tmp_path / "m", {f"model{ending}": b"\x1f\x8b\x08" + bytes(64)}))
+    assert f"model{ending}: it is compressed with gzip. Unpack it, and give the model itself" in said
+
+
+def test_a_path_that_leads_nowhere(tmp_path: Path) -> None:
+    assert "m.ckpt: there is no such file or folder. Correct the path." in told(tmp_path / "m.ckpt")
+
+
 def test_one_file_beside_a_diffusers_folders_parts_is_the_model(tmp_path: Path, sd15: bytes) -> None:
     names = ["model_index.json", "unet/a.safetensors", "text_encoder/b.safetensors", "vae/c.safetensors"]
     folder = written(tmp_path / "m", {**dict.fromkeys(names, b"x"), "m.safetensors": sd15})

@@ -203,6 +203,62 @@ def test_a_picture_lying_on_its_side_is_turned(tmp_path: Path) -> None:
             assert np.abs(np.subtract(white, (255, 255, 255))).max() < 8
 
 
+@pytest.mark.parametrize("value", range(10))
+def test_a_picture_is_turned_as_pillow_would_turn_it(value: int, tmp_path: Path) -> None:
+    """Eight ways; what is no way turns nothing."""
+    exif = Image.Exif()
+    exif[pictures.ORIENTATION] = value
+    noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(noise).save(tmp_path / "in" / "a.png", exif=exif)
+    (tmp_path / "in" / "a.txt").write_text("a cat")
+    with Image.open(tmp_path / "in" / "a.png") as picture:
+        upright = ImageOps.exif_transpose(picture)
+    assert look(tmp_path / "in").sizes == [upright.size]
+    made = mended(tmp_path / "in", tmp_path / "tree")["a.png"]
+    assert made.is_symlink() == (value not in range(2, 9))
+    with Image.open(made) as turned:
+        assert np.array_equal(np.asarray(turned), np.asarray(upright))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_a_picture_is_read_whatever_its_ending_says(kind: str, tmp_path: Path) -> None:
+    Image.new("RGB", (96, 96), "red").save(write(tmp_path / "a.png"), kind)
+    assert told(tmp_path) == []
+
+
+def test_a_picture_of_another_format_is_refused(tmp_path: Path) -> None:
+    """Pillow reads dozens, some of them by running Ghostscript."""
+    Image.new("RGB", (96, 96), "red").save(write(tmp_path / "a.png"), "EPS")
+    assert "s3://b/1_cat/a.png: the picture cannot be read (cannot identify image file)" in told(tmp_path)[0]
+
+
+def test_transparency_of_a_palette_in_a_tiff(tmp_path: Path) -> None:
+    Image.new("PA", (96, 96)).save(write(tmp_path / "a.png"), "TIFF")
+    assert notes(tmp_path) == "1 picture (a.png): transparent, put onto white"
+
+
+def test_transparency_that_pillow_cannot_convert(tmp_path: Path) -> None:
+    """Grey that is multiplied with its alpha, of which sd-scripts' convert("RGB") raises."""
+    path = write(tmp_path / "a.png")
+    Image.new("LA", (96, 96)).save(path, "TIFF")
+    tag, kind = struct.pack("<H", 338), struct.pack("<HI", 3, 1)  # ExtraSamples: 2 is plain alpha
+    content = path.read_bytes()
+    assert content.count(tag + kind + struct.pack("<H", 2)) == 1
+    path.write_bytes(content.replace(tag + kind + struct.pack("<H", 2), tag + kind + struct.pack("<H", 1)))
+    assert told(tmp_path)[0].startswith("s3://b/1_cat/a.png: the picture cannot be read (")
+
+
+def test_a_picture_that_cannot_be_opened_is_told_by_its_users_name(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(Unfit) as raised, pictures.opened(tmp_path / "a.png", "s3://b/a.png"):
+        pass
+    assert str(raised.value) == (
+        "s3://b/a.png: the picture cannot be read (cannot identify image file). "
+        "Save it again, or take it out."
+    )
+
+
 def test_a_picture_is_turned_although_its_exif_is_damaged(tmp_path: Path) -> None:
     """A tag of another type than EXIF gives it: Pillow reads it, and fails when it is to write it."""
     width = struct.pack(">HHI4s", 0x0100, 2, 4, b"abc\0")  # ImageWidth, as text

@@ -18,6 +18,7 @@ def test_what_cannot_be_put_in_one_place_is_still_put_in_the_others(tmp_path: Pa
     tree.base.mkdir()
     tree.model.write_text("a file where the folder should be")
     values = {"seed": 1, "wandb_api_key": "x", "vae": "/some/vae", "network_weights": "cat-1.safetensors"}
+    values["reg_data_dir"] = "/some/reg"
     (tmp_path / "sample").mkdir()
     (tmp_path / "sample" / "cat_e000001_00.png").write_text("a picture")
     (tmp_path / "a.txt").write_text("a caption")

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from entrypoint import console
 from entrypoint.contract import Tree
 from entrypoint.failures import Problem, StorageError, Unfit
 from entrypoint.request import Captioning, JobRequest, resolve
@@ -235,6 +236,10 @@ def test_esd_json_missing_or_damaged(tmp_path: Path) -> None:
     assert "s3://b/param.json: there is no such key" in wrong(tmp_path, s3_location="s3://b/param.json")
     (tmp_path / "p.json").write_text("{")
     assert "it is not JSON" in wrong(tmp_path, s3_location=str(tmp_path / "p.json"))
+    (tmp_path / "p.json").write_text("[" * 100_000)
+    assert "it is not JSON" in wrong(tmp_path, s3_location=str(tmp_path / "p.json"))
+    said = wrong(tmp_path, s3_location=str(tmp_path / "nowhere.json"))
+    assert f"{tmp_path}/nowhere.json: it cannot be read (No such file or directory). Correct the path" in said
 
 
 def test_esd_excludes_uris_and_channels(tmp_path: Path) -> None:
@@ -242,6 +247,53 @@ def test_esd_excludes_uris_and_channels(tmp_path: Path) -> None:
     said = wrong(tmp_path, s3_location="s3://b/p.json", output_uri="s3://b/o", objects=Objects(p=PARAMETERS))
     assert "hyperparameter output_uri: s3_location says where everything is" in said
     assert "channel model: s3_location says where everything is" in said
+
+
+@pytest.mark.parametrize("name", ["config", "dataset", "logs", "model", "output", "reg", "vae", "weights"])
+def test_each_uri_is_known_and_none_goes_with_s3_location(tmp_path: Path, name: str) -> None:
+    asked = {"model_uri": "s3://b/m", "dataset_uri": "s3://b/d", f"{name}_uri": "s3://b/x"}
+    assert ask(tmp_path, **asked).problems == ()
+    said = wrong(tmp_path, s3_location="s3://b/p.json", objects=Objects(p=PARAMETERS), **{f"{name}_uri": "x"})
+    assert f"hyperparameter {name}_uri: s3_location says where everything is. Remove one of the two." in said
+
+
+def test_event_logs_have_a_place_of_their_own(tmp_path: Path) -> None:
+    request = ask(tmp_path, "--logs_uri=s3://b/logs", model_uri="s3://b/m", dataset_uri="s3://b/d")
+    assert (str(request.logs), request.output) == ("s3://b/logs", None)
+
+
+def test_inputs_that_no_job_goes_without(tmp_path: Path) -> None:
+    said = wrong(tmp_path)
+    assert "model: there is neither a channel model nor a hyperparameter model_uri. Add a channel" in said
+    assert "dataset: there is neither a channel dataset nor a hyperparameter dataset_uri" in said
+
+
+def test_what_sagemakers_own_files_have_wrong_is_told_as_well(tmp_path: Path) -> None:
+    folder = tmp_path / "input" / "config"
+    (tmp_path / "input" / "data" / "extra").mkdir(parents=True)
+    folder.mkdir()
+    (folder / "resourceconfig.json").write_text('{"hosts": ["algo-1", "algo-2"]}')
+    (folder / "hyperparameters.json").write_text("[]")
+    with pytest.raises(Unfit) as raised:
+        resolve([], Tree(tmp_path), Objects())
+    said = str(raised.value)
+    assert "hyperparameters.json: it is not a JSON object" in said
+    assert "channel extra: there is no such channel" in said
+    assert "resourceconfig.json: hosts: the job has 2 hosts" in said
+
+
+def test_old_names_of_options_are_known(tmp_path: Path) -> None:
+    uris = {"model_uri": "s3://b/m", "dataset_uri": "s3://b/d"}
+    request = ask(tmp_path, lr_restart_cycles="2", caption_extention=".cap", **uris)
+    assert request.problems == ()
+    assert [one.name for one in request.layers[0]] == ["lr_restart_cycles", "caption_extention"]
+
+
+def test_a_state_is_saved_every_so_many_minutes(tmp_path: Path) -> None:
+    uris = {"model_uri": "s3://b/m", "dataset_uri": "s3://b/d"}
+    assert ask(tmp_path, **uris).state_every_minutes == 5
+    assert ask(tmp_path, state_every_minutes="0.5", **uris).state_every_minutes == 0.5
+    assert ask(tmp_path, state_every_minutes="0", **uris).problems == ()
 
 
 def test_a_channel_and_a_uri_for_one_thing(tmp_path: Path) -> None:
@@ -269,6 +321,13 @@ def test_a_channel_and_a_uri_for_one_thing(tmp_path: Path) -> None:
         ("resize_crop", "square", "'square' is not one of true, false"),
         ("netwrok_dim", "4", "Did you mean network_dim"),
         ("checkpoint_url", "s3://b/c", "there is no such hyperparameter"),
+        ("state_every_minutes", "soon", "'soon' is no number of minutes. Write state_every_minutes=5"),
+        ("state_every_minutes", "-1", "'-1' is no number of minutes"),
+        ("state_every_minutes", "inf", "'inf' is no number of minutes"),
+        ("state_every_minutes", "nan", "'nan' is no number of minutes"),
+        ("vae_uri", "ftp://b/vae", "'ftp://b/vae' is no S3 URI"),
+        ("tagger_uri", "s3://b/a\nb", "holds characters that no path has. Write tagger_uri=s3://BUCKET/KEY"),
+        ("dataset_uri", "~nobody-of-that-name/x", "Write dataset_uri=s3://BUCKET/KEY"),
     ],
 )
 def test_what_cannot_be_understood_is_refused(tmp_path: Path, name: str, value: str, said: str) -> None:
@@ -286,6 +345,13 @@ def test_a_threshold_is_a_confidence(tmp_path: Path, name: str, value: str) -> N
     assert f"hyperparameter {name}: '{value}' is no confidence above 0 and up to 1" in said
 
 
+@pytest.mark.parametrize("name", ["huggingface_token", "wandb_api_key"])
+def test_an_option_that_holds_a_secret_is_never_told(tmp_path: Path, name: str) -> None:
+    uris = {"model_uri": "s3://b/m", "dataset_uri": "s3://b/d"}
+    ask(tmp_path, **uris, **{name: f"secret-of-{name}"})
+    assert console.redact(f"it is secret-of-{name}") == "it is ***"
+
+
 def test_a_word_that_follows_no_flag(tmp_path: Path) -> None:
     assert "argument seed=1: it follows no flag" in wrong(
         tmp_path, "seed=1", model_uri="s3://b/m", dataset_uri="s3://b/d"
@@ -295,6 +361,12 @@ def test_a_word_that_follows_no_flag(tmp_path: Path) -> None:
 def test_a_word_too_many_after_a_flag(tmp_path: Path) -> None:
     said = wrong(tmp_path, "--seed=3", "stray", model_uri="s3://b/m", dataset_uri="s3://b/d")
     assert "argument stray: it follows no flag" in said
+
+
+def test_each_kind_can_be_asked_for(tmp_path: Path) -> None:
+    for kind in ("sd15", "sdxl"):
+        request = ask(tmp_path, kind=kind, model_uri="s3://b/m", dataset_uri="s3://b/d")
+        assert (request.kind, request.problems) == (kind, ())
 
 
 def test_kind_against_fm_type(tmp_path: Path) -> None:

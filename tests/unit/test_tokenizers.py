@@ -48,3 +48,26 @@ def test_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
     assert tokenizers.folder().parts[-3:] == ("share", "sagemaker-kohya", "tokenizers")
     monkeypatch.setenv("TOKENIZERS_DIR", "/elsewhere")
     assert tokenizers.folder() == Path("/elsewhere")
+
+
+@pytest.mark.parametrize(
+    "file", ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
+)
+def test_a_tokenizer_that_is_not_whole_says_what_to_type(folder: Path, file: str, tmp_path: Path) -> None:
+    (tmp_path / tokenizers.CLIP_L).mkdir()
+    for path in (folder / tokenizers.CLIP_L).iterdir():
+        if path.name != file:
+            (tmp_path / tokenizers.CLIP_L / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(tokenizers.MissingTokenizers) as told:
+        tokenizers.load(tmp_path, [tokenizers.CLIP_L])
+    assert str(told.value) == (
+        f"The tokenizer {tokenizers.CLIP_L} is not whole in {tmp_path}: {file} not found. "
+        f"Type: python -m kohya.tokenizers {tmp_path}"
+    )
+
+
+def test_the_special_tokens_are_clips(folder: Path) -> None:
+    """openai/clip-vit-large-patch14, special_tokens_map.json."""
+    told = json.loads((folder / tokenizers.CLIP_L / "special_tokens_map.json").read_text())
+    end = "<|endoftext|>"
+    assert told == {"bos_token": "<|startoftext|>", "eos_token": end, "unk_token": end, "pad_token": end}
