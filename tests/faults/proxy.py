@@ -48,6 +48,8 @@ KINDS = (
     "corrupt",  # one byte of an object's body is another
 )
 
+_STALL_SECONDS = 25.0  # longer than a test waits; a client that waits for longer still does not hang it
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -198,13 +200,13 @@ class Proxy:
             content = bytes([content[0] ^ 1]) + content[1:]
         kept = {"stall": len(content) // 2, "broken": len(content) // 2, "cut": len(content) // 2, "empty": 0}
         if kind == "stall" and not content:
-            self._released.wait()
+            self._released.wait(_STALL_SECONDS)
             return
         _say(handler, answer.status, answer.headers, len(content))
         handler.wfile.write(content[: kept.get(kind or "", len(content))])
         handler.wfile.flush()
         if kind == "stall":
-            self._released.wait()
+            self._released.wait(_STALL_SECONDS)
         if kind == "broken":
             _reset(handler.connection)
 
