@@ -157,7 +157,7 @@ class Proxy:
         length = int(handler.headers.get("Content-Length", 0))
         half = handler.rfile.read(length // 2)
         headers = {name.lower(): value for name, value in handler.headers.items()}
-        path = "/" + handler.path.lstrip("/").partition("/")[2]
+        path = re.sub("^/[^/?]*/?", "/", handler.path)
         kind = self._fault(Asked(handler.command, path, headers, length))
         body = half if kind == "reset" else half + handler.rfile.read(length - len(half))
         handler.close_connection = kind is not None
