@@ -152,9 +152,7 @@ def _reason(sent: "Future[None]", path: Path, uri: S3Uri) -> StorageError | None
     error = sent.exception() if sent.done() and not sent.cancelled() else GivenUp()
     if isinstance(error, GivenUp):
         wrong = f"{path.name} was not sent before the time for it was up"
-        return StorageError(
-            Outage(str(uri), wrong, f"Upload it by hand if it is needed; it was in {path.parent}")
-        )
+        return StorageError(Outage(str(uri), wrong, "Upload it by hand, or start the job again"))
     if error is None or isinstance(error, StorageError):
         return error
     raise error

@@ -48,6 +48,8 @@ KINDS = (
     "corrupt",  # one byte of an object's body is another
 )
 
+_STALL_SECONDS = 25.0  # longer than a test waits; a client that waits for longer still does not hang it
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -155,7 +157,7 @@ class Proxy:
         length = int(handler.headers.get("Content-Length", 0))
         half = handler.rfile.read(length // 2)
         headers = {name.lower(): value for name, value in handler.headers.items()}
-        path = "/" + handler.path.lstrip("/").partition("/")[2]
+        path = re.sub("^/[^/?]*/?", "/", handler.path)
         kind = self._fault(Asked(handler.command, path, headers, length))
         body = half if kind == "reset" else half + handler.rfile.read(length - len(half))
         handler.close_connection = kind is not None
@@ -198,13 +200,13 @@ class Proxy:
             content = bytes([content[0] ^ 1]) + content[1:]
         kept = {"stall": len(content) // 2, "broken": len(content) // 2, "cut": len(content) // 2, "empty": 0}
         if kind == "stall" and not content:
-            self._released.wait()
+            self._released.wait(_STALL_SECONDS)
             return
         _say(handler, answer.status, answer.headers, len(content))
         handler.wfile.write(content[: kept.get(kind or "", len(content))])
         handler.wfile.flush()
         if kind == "stall":
-            self._released.wait()
+            self._released.wait(_STALL_SECONDS)
         if kind == "broken":
             _reset(handler.connection)
 
