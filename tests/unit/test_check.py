@@ -219,7 +219,7 @@ def test_a_disk_that_is_too_small_and_folders_that_cannot_be_written(
         f"{tmp_path}/file: it cannot be written to (File exists). {fix}",
         f"{tmp_path}/file/model: it cannot be written to (Not a directory). {fix}",
     ]
-    outputs: Any = SimpleNamespace(output=tmp_path / "file", logs=None)
+    outputs: Any = SimpleNamespace(output=tmp_path / "file", logs=None, checkpoints=None)
     said = " ".join(map(str, check._outputs(outputs, here, check.Storage())))
     assert f"{tmp_path}/file: it cannot be written to (File exists). Name another folder." in said
     assert f"{tmp_path}/file/output/tensorboard: it cannot be written to (Not a directory). {fix}" in said

@@ -184,7 +184,7 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_need_is_told_with_what_it_rests_on() -> None:
-    assert str(memory.Need(1.5e9, 12e9)) == "at least 1.5 GB, 12.0 GB by an estimate"
+    assert str(memory.Need(1e9, 0.4e9, 0.1e9, 12e9)) == "at least 1.5 GB, 12.0 GB by an estimate"
 
 
 def test_a_gpus_memory_is_what_nvidia_smi_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def told(error: Exception, action: str = "s3:GetObject", client: Any = None) -> 
 EXPIRED = "the credentials have expired", "Get new ones (aws sso login, or new temporary keys) and try again"
 REJECTED = "S3 does not accept the credentials", "AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
 SKEWED = "this machine's clock is wrong, so S3 refuses its signatures", "chronyc makestep"
-BUSY = "S3 is busy or failing, after five tries", "Start the job again in a few minutes"
+BUSY = "S3 is busy or failing, and stays so", "Start the job again in a few minutes"
 REGION = "the bucket is not in us-east-1", "set AWS_REGION to it"
 DENIED = (
     "access denied",
@@ -158,7 +158,7 @@ def test_what_may_have_been_meant(client: Client, fix: str) -> None:
             "S3 cannot be reached at https://s3: ",
             "the VPC's endpoint for S3. A job with network isolation reaches nothing",
         ),
-        (raised.ReadTimeoutError(endpoint_url="https://s3"), "S3 cannot be reached at", "Check AWS_REGION"),
+        (raised.ReadTimeoutError(endpoint_url="https://s3"), "S3 at https://s3 kept fal", "check AWS_REGION"),
         (ConnectionResetError("reset"), "S3 cannot be reached at https://s3: reset", "Check AWS_REGION"),
         (raised.BotoCoreError(), "S3 could not be used: ", "Try again; if it stays, check the endpoint"),
     ],
