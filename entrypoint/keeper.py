@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from entrypoint.checkpoint import Lora
-from entrypoint.console import warn
+from entrypoint.console import say, warn
 from entrypoint.event_log import EventLog
 from entrypoint.failures import BadLora
 from entrypoint.outbox import Batch, Outbox
@@ -22,7 +22,7 @@ from entrypoint.states import FINISHED, LORAS, MANIFEST, PLACES, Shelf
 from kohya.states import STEP
 
 SWEEP_SECONDS = 1.0
-LOG_SECONDS = 60.0  # between two times that the event log is sent
+LOG_SECONDS = 30.0  # between two times that the event log is sent
 
 
 class Keeper:
@@ -168,6 +168,7 @@ class Keeper:
         self._log.grow()  # up to what the state says of it
         busy = self._sending if self._outbox.busy else None
         place = self._shelf.keep(state, self._log, name=name, busy=busy)
+        say(f"train: the state after step {self._shelf.step} is kept in {self._shelf.folder / place}")
         self._states.pop(place, None)
         self._states[place] = None
 

@@ -160,6 +160,7 @@ class Shelf:
         self._run = run
         self._last = taken.name if taken and taken.name in PLACES else PLACES[1]
         self._loras: dict[str, _Fact] = {}
+        self.step = 0  # of the state that was kept last
 
     def keep_lora(self, lora: Path, name: str) -> None:
         """Keep a finished LoRA: a job that goes on elsewhere must not lose it. Raises OSError."""
@@ -198,6 +199,7 @@ class Shelf:
         finally:
             for left in (partial, old):
                 shutil.rmtree(left, ignore_errors=True)
+        self.step = step
         if name is None:
             self._last = place
         return place

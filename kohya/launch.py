@@ -225,7 +225,7 @@ class Watch:
             self._write_state(partial, step)
             if self.accelerator.is_main_process:
                 partial.rename(folder)
-                print(f"the state after step {step} is {folder}", flush=True)
+                print(f"the state after step {step} is saved", flush=True)
                 self._timer.saved(folder)
         except Exception as error:  # of a full disk torch, safetensors and Python tell in ways of their own
             if self.accelerator.num_processes > 1:  # the others wait for this one
