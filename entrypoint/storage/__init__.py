@@ -9,7 +9,6 @@ inputs are all channels never talks to S3.
 """
 
 import itertools
-import math
 import os
 import threading
 import time
@@ -137,18 +136,17 @@ class Storage:
         files: Mapping[Path, S3Uri],
         *,
         what: str = "upload",
-        deadline: float = math.inf,
         cancel: threading.Event | None = None,
     ) -> None:
         """Upload each file to its URI, in parallel; S3 checks what it receives against a checksum.
 
-        Every file is tried, also after another has failed. Nothing is ever deleted. It ends at `deadline`
-        (of time.monotonic) or soon after `cancel` is set, whatever S3 does: then no try is begun any more,
-        and the error names what was not sent. A try that runs may still end well, and the next upload to
-        its URI waits for that, so that of two uploads the later one stays.
+        Every file is tried, also after another has failed. Nothing is ever deleted. It ends soon after
+        `cancel` is set, whatever S3 does: then no try is begun any more, and the error names what was not
+        sent. A try that runs may still end well, and the next upload to its URI waits for that, so that of
+        two uploads the later one stays.
         """
         progress = Meter(what, sum(path.stat().st_size for path in files if path.is_file()))
-        unsent = Send(self, progress, Patience(deadline)).run(files, cancel or threading.Event())
+        unsent = Send(self, progress).run(files, cancel or threading.Event())
         if len(unsent) == 1:
             raise next(iter(unsent.values()))
         if unsent:
@@ -197,8 +195,7 @@ class Storage:
                 if expired == retries.EXPIRED_TRIES:
                     raise
                 if not patience.pause(tries, end):
-                    if end <= patience.deadline:
-                        self._reached = False
+                    self._reached = False
                     raise
                 if found is Fault.EXPIRED:
                     self._forget(client)

@@ -5,7 +5,6 @@ share one allowance between all threads, which an outage of seconds uses up (bot
 would multiply with ours.
 """
 
-import math
 import random
 import threading
 import time
@@ -28,15 +27,14 @@ class GivenUp(Exception):
 
 
 class Patience:
-    """How long one call of Storage's goes on: until `deadline` (of time.monotonic) or until `stop` is set."""
+    """How long one call of Storage's goes on: until `stop` is set."""
 
-    def __init__(self, deadline: float = math.inf) -> None:
-        self.deadline = deadline
+    def __init__(self) -> None:
         self.stop = threading.Event()
 
     def check(self) -> None:
         """Raise GivenUp where nothing new may be begun."""
-        if self.stop.is_set() or time.monotonic() >= self.deadline:
+        if self.stop.is_set():
             raise GivenUp
 
     def pause(self, tries: int, end: float) -> bool:
@@ -46,7 +44,7 @@ class Patience:
         one by one: "full jitter", https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
         """
         seconds = random.uniform(0, min(_CEILING, _FIRST * 2 ** (tries - 1)))
-        if time.monotonic() + seconds >= min(end, self.deadline):
+        if time.monotonic() + seconds >= end:
             return False
         self.stop.wait(seconds)
         return True

@@ -2,7 +2,6 @@
 
 import os
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager, suppress
@@ -34,10 +33,10 @@ _CHECKSUM: Final = "CRC64NVME"  # S3 keeps one of the whole object, however many
 class Send:
     """One call of Storage.upload: its threads, and how they are stopped."""
 
-    def __init__(self, storage: "Storage", progress: Meter, patience: Patience) -> None:
+    def __init__(self, storage: "Storage", progress: Meter) -> None:
         self._storage = storage
         self._progress = progress
-        self._patience = patience
+        self._patience = Patience()
         self._files = Crew(_FILES_AT_ONCE, "send")
         self._parts = Crew(_PARTS_AT_ONCE, "send-part")
 
@@ -45,7 +44,7 @@ class Send:
         """Send all of them; returns those that were not sent, in their order, each with the reason."""
         sent = {path: self._files.submit(partial(self._one, path, uri)) for path, uri in files.items()}
         try:
-            while not self._over(cancel) and wait(sent.values(), _LOOK_SECONDS).not_done:
+            while not cancel.is_set() and wait(sent.values(), _LOOK_SECONDS).not_done:
                 self._progress.tick()
         finally:
             self._patience.stop.set()
@@ -54,9 +53,6 @@ class Send:
             self._parts.leave()
         reasons = {path: _reason(future, path, files[path]) for path, future in sent.items()}
         return {path: reason for path, reason in reasons.items() if reason is not None}
-
-    def _over(self, cancel: threading.Event) -> bool:
-        return cancel.is_set() or time.monotonic() >= self._patience.deadline
 
     def _one(self, path: Path, uri: S3Uri) -> None:
         """One file, as long as it is now: an event log grows while it is read."""
