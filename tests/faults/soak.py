@@ -238,7 +238,7 @@ def starved(world: World, trainer: str, seed: int, reference: Reference, figures
             if missing := {*reference.loras} - sent_to(world, f"out/{name}/"):
                 raise Failed(f"completed, and not in the bucket: {', '.join(sorted(missing))}")
         elif result.code not in (1, 2) or "Traceback" in result.out + result.err:
-            raise Failed(f"exit code {result.code}: {result.err.strip()[-1000:]}")
+            raise Failed(f"exit code {result.code}: {(result.out + result.err).strip()[-3000:]}")
         elif not re.search("(?i)disk|No space left|are free", result.err):
             raise Failed(f"it does not say that the disk is full: {result.err.strip()[-300:]}")
         figures.ends[f"exit code {result.code}"] = figures.ends.get(f"exit code {result.code}", 0) + 1
