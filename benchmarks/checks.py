@@ -102,12 +102,21 @@ def _serve(count: int, port: Any) -> None:
 
 @contextmanager
 def bucket(count: int) -> Iterator[Storage]:
-    """A bucket of `count` pictures."""
+    """A bucket of `count` pictures. Ends the program with a sentence where its server does not begin."""
     ours, theirs = multiprocessing.Pipe()
     server = multiprocessing.get_context("spawn").Process(target=_serve, args=(count, theirs), daemon=True)
     server.start()
+    theirs.close()  # so that the server's own is the last one, and its end is seen
+    try:
+        port = ours.recv()
+    except EOFError:
+        server.join()
+        code = server.exitcode
+        sys.exit(
+            f"the benchmark's S3 server ended before it answered, with code {code}; see what it says above"
+        )
     os.environ |= {
-        "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{ours.recv()}",
+        "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "x",
         "AWS_SECRET_ACCESS_KEY": "x",
         "AWS_REGION": "us-east-1",
@@ -258,6 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--files", type=int, default=60, help="pictures that are opened, of each format")
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args(arguments)
+    if asked.pictures <= PAGE:
+        parser.error(f"--pictures={asked.pictures}: the memory is compared with that of {PAGE}, so take more")
     kept = True
     for measured in (
         measure_listing(asked.pictures, asked.rounds),

@@ -112,8 +112,8 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], dict[str, zipfi
 
 
 def _tensors(built: object) -> dict[str, Tensor]:
-    """The tensors of what a pickle builds: of its "state_dict", if it has one. Anything else is left out."""
-    inner = built.get("state_dict", built) if isinstance(built, dict) else None
+    """The tensors of what a pickle builds: of its "state_dict", if that is one. Anything else is left out."""
+    inner = built.get("state_dict") or built if isinstance(built, dict) else None
     if not isinstance(inner, dict):
         raise NotABaseModel("it holds no table of tensors", FIX)
     tensors = {name: one for name, one in inner.items() if isinstance(one, Tensor) and name != "__metadata__"}

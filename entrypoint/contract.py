@@ -17,6 +17,7 @@ from kohya.problem import Problem
 
 CHANNELS = ("model", "dataset", "config", "vae", "reg", "weights", "tagger")
 FAILURE_BYTES = 980  # SageMaker keeps 1,024 characters of the failure file and adds words of its own
+_ROOM_BYTES = 1 << 16  # more than a file and its folder take
 _PLATFORM = ("sagemaker_", "_tuning_")  # hyperparameters that the SDK and tuning jobs add for themselves
 _MANIFEST = "-manifest"  # SageMaker puts a file <channel>-manifest beside some channels
 
@@ -112,12 +113,18 @@ class Tree:
             problems.append(Problem("resourceconfig.json: hosts", wrong, "Set InstanceCount to 1"))
         return hosts, problems
 
+    @property
+    def _room(self) -> Path:
+        """Holds free what the failure file takes, for where the disk is full by then."""
+        return self.failure.with_name(".room")
+
     def write_failure(self, text: str) -> None:
         """Write the failure file: the cause first, whole characters, at most FAILURE_BYTES bytes.
 
         Where it cannot be written that is said, for the cause itself must not be lost over it.
         """
         kept = redact(text).encode(errors="backslashreplace")[:FAILURE_BYTES].decode(errors="ignore")
+        self.give_room()
         try:
             self.failure.parent.mkdir(parents=True, exist_ok=True)
             self.failure.write_text(kept, encoding="utf-8")
@@ -125,9 +132,17 @@ class Tree:
             warn(f"{self.failure} cannot be written: {error.strerror}. Set SAGEMAKER_BASE_DIR.")
 
     def forget_failure(self) -> None:
-        """Remove the failure file of an earlier job in the same tree."""
+        """Remove the failure file of an earlier job in the same tree, and hold room free for one of this."""
         with suppress(OSError):
             self.failure.unlink()
+        with suppress(OSError):
+            self._room.parent.mkdir(parents=True, exist_ok=True)
+            self._room.write_bytes(bytes(_ROOM_BYTES))
+
+    def give_room(self) -> None:
+        """Remove what was held free: the job ends."""
+        with suppress(OSError):
+            self._room.unlink()
 
     def _read(self, name: str) -> tuple[dict[str, Any], list[Problem]]:
         """One of SageMaker's JSON files; all of them are optional."""

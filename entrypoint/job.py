@@ -235,7 +235,9 @@ def verify(prepared: Prepared, ended: trainer.Ended) -> list[Lora]:
 def finish(job: Job, error: BaseException | None, keeper: Keeper | None, sent: Outbox) -> int:
     """Publish whatever there is, tell how the job ended, and return the exit code."""
     exit_code, cause = _told(error)
-    if exit_code not in (0, Stopped.exit_code):
+    if exit_code in (0, Stopped.exit_code):
+        job.tree.give_room()
+    else:
         job.tree.write_failure(cause)  # before anything is sent: a slow upload must not cost the cause
     if error is not None and job.prepared is not None:
         job.loras = _good_ones(job.prepared)

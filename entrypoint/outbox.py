@@ -96,13 +96,30 @@ class Outbox:
 
 
 def place(files: Mapping[str, Path], folder: Path) -> None:
-    """Copy files into `folder` under the given names, each whole before it has its name."""
+    """Copy files into `folder` under the given names, each whole before it has its name.
+
+    Where the disk is full, and holds the file already, it gets a second name there.
+    """
     for name, source in files.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{target.name}.part")
-        shutil.copyfile(source, part)
-        part.replace(target)
+        try:
+            _copy(source, part)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(source, target)
+    except OSError as full:
+        target.unlink(missing_ok=True)
+        try:
+            target.hardlink_to(source)
+        except OSError:
+            raise full from None
 
 
 def _key(name: str, location: Location) -> str:

@@ -31,9 +31,15 @@ _TABLE, _TENSOR, _PARAMETER = (
 )
 _UNUSUAL = "torch._utils._rebuild_tensor_v3"  # of types without a storage of their own, float8 above all
 _HARMLESS = {  # what checkpoints hold besides tensors; it is left out
-    *(f"{module}.{name}" for module in ("__builtin__", "builtins") for name in ("dict", "list", "set")),
-    "_codecs.encode", "collections.defaultdict", "numpy.dtype", "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar", "torch.float16", "torch.float32", "torch.bfloat16",
+    *(f"{module}.{name}" for module in ("__builtin__", "builtins")
+      for name in ("dict", "list", "set", "frozenset", "bytes", "bytearray", "complex")),
+    *(f"{module}.{name}" for module in ("numpy.core", "numpy._core")  # before and since NumPy 2
+      for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")),
+    *(f"torch.{name}" for name in (
+      "Size", "device", "bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64",
+      "float16", "bfloat16", "float32", "float64", "complex64", "complex128", "float8_e4m3fn",
+      "float8_e5m2")),
+    "_codecs.encode", "collections.defaultdict", "numpy.dtype", "numpy.ndarray",
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
 }  # fmt: skip
 
@@ -72,6 +78,7 @@ class Tensor:
 def build(content: bytes) -> Any:
     """What a pickle would build, of dict, list, tuple, Tensor and constants; None for every other object.
 
+    A set is built as a list, for its items' hashes may not end.
     Raises NotABaseModel where it names what tensors do not need, or does what torch.save does not write, and
     AttributeError, IndexError, KeyError, TypeError and ValueError where it is nonsense.
     """
@@ -176,7 +183,7 @@ def _sensible(*numbers: object) -> bool:
 _DO: Mapping[str, Callable[[_Machine, Any], object]] = {
     **dict.fromkeys(
         ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINBYTES",
-         "SHORT_BINBYTES", "BINSTRING", "SHORT_BINSTRING"),
+         "SHORT_BINBYTES", "BYTEARRAY8", "BINSTRING", "SHORT_BINSTRING"),
         lambda machine, constant: machine.push(constant),
     ),
     **dict.fromkeys(("PROTO", "FRAME"), lambda machine, _: None),
@@ -187,15 +194,15 @@ _DO: Mapping[str, Callable[[_Machine, Any], object]] = {
     "NEWTRUE": lambda machine, _: machine.push(True),
     "NEWFALSE": lambda machine, _: machine.push(False),
     "EMPTY_TUPLE": lambda machine, _: machine.push(()),
-    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    **dict.fromkeys(("EMPTY_LIST", "EMPTY_SET"), lambda machine, _: machine.push([])),
     "EMPTY_DICT": lambda machine, _: machine.push({}),
     "MARK": lambda machine, _: machine.push(_Mark()),
-    "TUPLE": lambda machine, _: machine.push(tuple(machine.items())),
+    **dict.fromkeys(("TUPLE", "FROZENSET"), lambda machine, _: machine.push(tuple(machine.items()))),
     "TUPLE1": lambda machine, _: machine.push(machine.top(1)),
     "TUPLE2": lambda machine, _: machine.push(machine.top(2)),
     "TUPLE3": lambda machine, _: machine.push(machine.top(3)),
     "APPEND": lambda machine, _: machine.extend(list(machine.top(1))),
-    "APPENDS": lambda machine, _: machine.extend(machine.items()),
+    **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda machine, _: machine.extend(machine.items())),
     "SETITEM": lambda machine, _: machine.set(list(machine.top(2))),
     "SETITEMS": lambda machine, _: machine.set(machine.items()),
     "GLOBAL": lambda machine, name: machine.push(_name(name.replace(" ", ".", 1))),

@@ -19,6 +19,7 @@ from typing import Any
 
 from PIL import Image, ImageFile
 
+from entrypoint import png
 from entrypoint.console import say
 from entrypoint.dataset import DataSet
 from entrypoint.failures import Problem, Unfit
@@ -173,7 +174,8 @@ def _wanting(picture: ImageFile.ImageFile, path: Path, alpha_mask: bool) -> Iter
     if picture.format == "JPEG":  # is read whole, and unpacked at an eighth of its size
         picture.draft("RGB", (1, 1))
     if picture.format == "PNG":
-        picture.verify()  # every chunk's checksum, and that the last one is there: faster than unpacking
+        picture.verify()  # every chunk's checksum, and that the last one is there
+        png.unpack(path)
         if not alpha:
             return
         with Image.open(path, formats=FORMATS) as again:

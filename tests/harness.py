@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from entrypoint.failures import Stopped
 from kohya.config import Kind
 
 METRIC = re.compile(
@@ -64,6 +66,31 @@ class Result:
     @property
     def lines(self) -> list[str]:
         return self.out.splitlines()
+
+
+@contextmanager
+def stopped_when(happened: Callable[[], object]) -> Iterator[None]:
+    """Raise Stopped in the main thread as soon as this has happened."""
+
+    def stop(*_: object) -> None:
+        raise Stopped("SIGTERM")
+
+    def watch() -> None:
+        while not over.wait(0.01):
+            if happened():
+                signal.pthread_kill(main, signal.SIGALRM)
+                return
+
+    main, over = threading.main_thread().ident or 0, threading.Event()
+    watcher = threading.Thread(target=watch)
+    before = signal.signal(signal.SIGALRM, stop)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+        signal.signal(signal.SIGALRM, before)
 
 
 class Job:

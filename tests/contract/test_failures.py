@@ -19,7 +19,7 @@ from tests.harness import TINY, Job, Result
 from tests.s3 import S3Server
 from tests.unit.test_ckpt import Runs
 
-SECONDS = 20  # from process start to exit, on a machine that is busy with other tests
+SECONDS = 60  # from process start to exit, on a machine that is busy with other tests
 
 
 def assert_refused(job: Job, result: Result, *said: str) -> None:
@@ -377,23 +377,25 @@ def test_a_results_folder_that_is_a_file(ready: Job, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def silent_server() -> Iterator[str]:
-    """The address of a server that takes connections and never answers."""
+def silent_server() -> Iterator[socket.socket]:
+    """A server that never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        server.settimeout(SECONDS)
+        yield server
 
 
 @pytest.mark.parametrize("flag", ["--s3_location=s3://b/p.json", "--model_uri=s3://b/m.safetensors"])
-def test_a_stop_while_s3_does_not_answer(ready: Job, silent_server: str, tmp_path: Path, flag: str) -> None:
+def test_a_stop_while_s3_does_not_answer(ready: Job, silent_server: socket.socket, flag: str) -> None:
     """In resolve, and in check: no library may take the stop for an error of its own, and try again."""
     (ready.tree / "input/data/model/sd15.safetensors").unlink()
     (ready.tree / "input/data/model").rmdir()
     keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x" * 9, "AWS_REGION": "us-east-1"}
-    ready.environment |= {"AWS_ENDPOINT_URL_S3": silent_server, **keys}
+    ready.environment |= {"AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{silent_server.getsockname()[1]}", **keys}
     process = ready.start(flag)
-    time.sleep(3)
-    process.terminate()
-    out, err = process.communicate(timeout=SECONDS)
+    with silent_server.accept()[0] as connection:
+        assert connection.recv(1)  # it has asked, and waits for the answer
+        process.terminate()
+        out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 143, out + err
     assert ready.failure is None
     assert "The job was stopped" in out

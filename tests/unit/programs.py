@@ -60,7 +60,7 @@ class Programs:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=60,
             check=False,
         )
 

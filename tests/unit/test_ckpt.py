@@ -1,5 +1,6 @@
 """entrypoint.ckpt and entrypoint.pickled: what torch.save writes, and what somebody else may."""
 
+import codecs
 import collections
 import io
 import pickle
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -168,6 +170,67 @@ def test_every_opcode_that_torch_writes_is_understood(program: bytes, tmp_path: 
     assert converted(beside_a_tensor(program), tmp_path).keys() == {"a"}
 
 
+HARMLESS = {
+    "sets": [set(), {1, "x"}, frozenset((1, 2)), frozenset()],
+    "constants": [b"", b"x", bytearray(b"abc"), 2j, 1 << 70],
+    "sizes and devices": [torch.Size([1, 2]), torch.device("cpu"), torch.device("cuda", 1)],
+    "dtypes": [
+        torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16,
+        torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
+        torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2,
+    ],
+    "numpy scalars": [np.float64(1), np.int64(3), np.bool_(1), np.datetime64("2020-01-01"), np.dtype("f4")],
+    "numpy arrays": [
+        np.arange(4.0), np.zeros(0), np.ones((2, 3), order="F"), np.zeros(2, [("a", "<i4"), ("b", "f8")]),
+    ],
+    "numpy's objects": [np.array(["text", None, {1}], object), np.array(["text"])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_what_a_training_leaves_beside_its_tensors_is_no_reason_to_refuse(
+    kind: str, protocol: int, tmp_path: Path
+) -> None:
+    for value in HARMLESS[kind]:
+        weights = {"a": torch.ones(2), "more": value, "twice": [value, (value,)], "b": torch.zeros(1)}
+        for content in (weights, {"hyper": {"x": value}, "state_dict": weights}):
+            assert converted(saved(content, pickle_protocol=protocol), tmp_path).keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("value", [np.float64(1), np.arange(4.0)])
+def test_numpy_before_2_had_other_names(value: object, tmp_path: Path) -> None:
+    def change(name: str, inside: bytes) -> bytes:
+        new, old = b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"
+        assert new in inside or not name.endswith("data.pkl")
+        return inside.replace(new, old)
+
+    content = saved({"a": torch.ones(1), "loss": value})
+    assert converted(rewritten(content, change), tmp_path).keys() == {"a"}
+
+
+@pytest.mark.parametrize("nothing", [None, {}])
+def test_tensors_stand_beside_a_state_dict_that_is_none(nothing: object, tmp_path: Path) -> None:
+    assert converted(saved({"a": torch.ones(1), "state_dict": nothing}), tmp_path).keys() == {"a"}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_code_inside_of_what_is_harmless_is_refused_by_name(protocol: int, tmp_path: Path) -> None:
+    proof = tmp_path / "was-here"
+    runs = Runs(eval, f"open({str(proof)!r}, 'w')")
+    for value in ({runs}, frozenset([runs]), np.array([runs], object), Runs(torch.Size, runs)):
+        assert ".eval when" in told(saved({"a": torch.ones(1), "b": value}, pickle_protocol=protocol))
+    for function, name in (
+        (np.load, "numpy.load"),
+        (np.fromfile, "numpy.fromfile"),
+        (codecs.decode, "_codecs.decode"),
+        (getattr, ".getattr"),
+    ):
+        program = saved({"a": torch.ones(1), "b": Runs(function, str(proof))}, pickle_protocol=protocol)
+        assert f"{name} when it is loaded" in told(program)
+    assert not proof.exists()
+
+
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_a_pickle_that_would_run_code_is_refused_by_name(protocol: int, tmp_path: Path) -> None:
     import os  # noqa: PLC0415
@@ -191,7 +254,7 @@ def test_a_pickle_that_would_run_code_is_refused_by_name(protocol: int, tmp_path
     [
         (b"\x80\x02N.", "it holds no table of tensors"),
         (b"\x80\x02}.", "it holds no tensors"),
-        (b"\x80\x02}X\x0a\x00\x00\x00state_dictNs.", "it holds no table of tensors"),
+        (b"\x80\x02}X\x0a\x00\x00\x00state_dictK\x01s.", "it holds no table of tensors"),
         (b"\x80\x02", "a damaged one (ValueError"),
         (b"", "a damaged one (ValueError"),
         (b"\xff.", "a damaged one (ValueError"),
@@ -223,9 +286,9 @@ def test_a_pickle_that_would_run_code_is_refused_by_name(protocol: int, tmp_path
     ids=range(24),
 )
 def test_hostile_pickles(program: bytes, said: str) -> None:
-    begun = time.monotonic()
+    begun = time.process_time()
     assert said in told(with_pickle(program))
-    assert time.monotonic() - begun < 10
+    assert time.process_time() - begun < 10
 
 
 def tensor_with(**changes: Any) -> bytes:
@@ -336,9 +399,9 @@ def test_a_real_size_pickle_is_read_in_a_second() -> None:
     )
     seconds = []
     for _ in range(3):
-        begun = time.perf_counter()
+        begun = time.process_time()  # whatever else the machine does
         facts = ckpt.read_header(io.BytesIO(whole), len(whole))
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.process_time() - begun)
     assert min(seconds) < 1
     assert len(facts) == len(shapes)
     for name, shape in shapes.items():

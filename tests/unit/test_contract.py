@@ -141,3 +141,13 @@ def test_failure_file_holds_whole_characters_within_the_limit(tree: Tree) -> Non
     content = tree.failure.read_bytes()
     assert FAILURE_BYTES - 2 <= len(content) <= FAILURE_BYTES
     assert content.decode().startswith("The cause: 絵")
+
+
+def test_room_for_the_failure_file_is_held_free(tmp_path: Path) -> None:
+    """A disk that is full by the end still takes the cause."""
+    tree = Tree(tmp_path)
+    tree.forget_failure()
+    (held,) = (tmp_path / "output").iterdir()
+    assert held.stat().st_size >= 4096
+    tree.write_failure("It failed.")
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["failure"]

@@ -91,7 +91,7 @@ def test_smoothing_starts_at_the_first_value_and_lags() -> None:
     assert rising == pytest.approx([0.0, 0.1 / 0.19])
 
 
-def _closed(address: str, patience: float = 10) -> bool:
+def _closed(address: str, patience: float = 60) -> bool:
     """Whether nobody listens at `address`, within `patience` seconds."""
     port = urlsplit(address).port
     end = time.monotonic() + patience

@@ -1,3 +1,4 @@
+import errno
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,21 @@ def test_placing_replaces_whole_files_and_leaves_no_parts(tmp_path: Path) -> Non
         path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()
     }
     assert made == {"x.safetensors": "new", "deep/er/y": "new"}
+
+
+def test_on_a_full_disk_a_file_gets_a_second_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_source: Path, target: Path) -> None:
+        target.write_bytes(b"ha")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    (tmp_path / "cat").write_bytes(b"half a cat and the other half")
+    place({"cat": tmp_path / "cat"}, tmp_path / "out")
+    assert (tmp_path / "out" / "cat").samefile(tmp_path / "cat")
+    monkeypatch.setattr(Path, "hardlink_to", lambda *_: full(tmp_path / "cat", tmp_path / "x"))
+    with pytest.raises(OSError, match="No space left"):
+        place({"dog": tmp_path / "cat"}, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["cat"]
 
 
 def test_what_is_there_is_not_sent_again_and_what_has_changed_is(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from entrypoint import dataset, mending, pictures
+from entrypoint import dataset, mending, pictures, png
 from entrypoint.dataset import DataSet
 from entrypoint.failures import Unfit
 from entrypoint.pictures import Seen
@@ -161,21 +161,72 @@ def test_a_picture_that_is_damaged_inside_is_refused(tmp_path: Path) -> None:
     ]
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + checksum
+
+
+def write_png(path: Path, size: tuple[int, int], *idat: bytes, mode: str = "8 2 0") -> None:
+    """A PNG of these IDAT chunks, with right checksums. `mode`: depth, colour type, interlaced."""
+    depth, colour, interlaced = map(int, mode.split())
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, interlaced))
+    chunks = b"".join(chunk(b"IDAT", content) for content in idat)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunks + chunk(b"IEND", b"") + b"more")
+    path.with_suffix(".txt").write_text("a cat")
+
+
 def test_a_picture_that_would_fill_the_memory_is_refused_by_its_header(tmp_path: Path) -> None:
     """The pixels of a PNG bomb are never unpacked: there are none in this one."""
-    write(tmp_path / "a.png")
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 40_000, 8, 2, 0, 0, 0))
-    (tmp_path / "a.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    )
+    write_png(tmp_path / "a.png", (50_000, 40_000), zlib.compress(b""))
     assert told(tmp_path) == [
         "s3://b/1_cat/a.png: it has 50000×40000 pixels, and more than 100 million are not read. "
         "Make it smaller, or take it out."
     ]
+
+
+def test_a_png_with_too_few_rows_is_refused(tmp_path: Path) -> None:
+    """Of which Pillow, and so sd-scripts, would make a picture with a black part."""
+    rows = [b"\0" + bytes([number]) * 3 * 128 for number in range(96)]
+    whole = zlib.compress(b"".join(rows))
+    write_png(tmp_path / "whole.png", (128, 96), whole[:50], b"", whole[50:])
+    assert told(tmp_path) == []
+    for name, content in (
+        ("ended", zlib.compress(b"".join(rows[:-1]))),
+        ("cut", whole[:-50]),
+        ("none", b""),
+        ("part", zlib.compress(b"".join(rows)[:-1])),
+    ):
+        write_png(tmp_path / f"{name}.png", (128, 96), content)
+        assert told(tmp_path) == [
+            f"s3://b/1_cat/{name}.png: the picture cannot be read (it ends before its last row of pixels). "
+            "Save it again, or take it out."
+        ]
+        (tmp_path / f"{name}.png").unlink()
+        (tmp_path / f"{name}.txt").unlink()
+    write_png(tmp_path / "a.png", (128, 96), whole[:100] + b"\xff" * 100 + whole[200:])
+    assert "a.png: the picture cannot be read (Error -3 while decompressing" in told(tmp_path)[0]
+
+
+@pytest.mark.parametrize("mode", ["1 0 0", "2 3 0", "4 0 0", "8 0 0", "16 0 0", "8 4 0", "8 2 0", "8 6 0",
+                                  "16 2 0", "16 6 0", "8 2 1", "1 0 1", "16 6 1"])  # fmt: skip
+@pytest.mark.parametrize("size", [(67, 65), (64, 128), (71, 66), (3, 2)])
+def test_every_kind_of_png_has_its_bytes_counted(tmp_path: Path, mode: str, size: tuple[int, int]) -> None:
+    """By the reference, https://www.w3.org/TR/png-3/#8Interlace; a byte less is too few."""
+    depth, colour, interlaced = map(int, mode.split())
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    pattern = ["16462646", "77777777", "56565656", "77777777", "36463646", "77777777", "56565656", "77777777"]
+    passes: dict[tuple[str, int], int] = {}  # pixels of each row of each pass
+    for row in range(size[1]):
+        for column in range(size[0]):
+            one = pattern[row % 8][column % 8] if interlaced else "0"
+            passes[one, row] = passes.get((one, row), 0) + 1
+    bytes_ = sum(1 + -(-pixels * bits // 8) for pixels in passes.values())
+    path = tmp_path / "a.png"
+    write_png(path, size, zlib.compress(bytes(bytes_)), mode=mode)
+    png.unpack(path)
+    write_png(path, size, zlib.compress(bytes(bytes_ - 1)), mode=mode)
+    with pytest.raises(OSError, match="before its last row"):
+        png.unpack(path)
 
 
 def test_a_picture_lying_on_its_side_is_turned(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_ctrl_c_leaves_no_password(programs: Programs) -> None:
     (kept,) = programs.temporary.iterdir()
     assert PASSWORD in (kept / "config" / "config.json").read_text()
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(10) != 0
+    assert process.wait(60) != 0
     assert not list(programs.temporary.iterdir())
 
 

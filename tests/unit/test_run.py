@@ -97,7 +97,7 @@ def test_docker_takes_the_place_of_the_script(programs: Programs) -> None:
         stdout=subprocess.PIPE,
         text=True,
     )
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=60)
     assert (out, process.returncode) == (f"process {process.pid}\n", 143)
 
 
@@ -105,7 +105,7 @@ def test_on_a_terminal(programs: Programs) -> None:
     ours, theirs = pty.openpty()
     command = [str(ROOT / "docker" / "run"), "train"]
     for stdin, tty in ((theirs, True), (subprocess.DEVNULL, False)):
-        subprocess.run(command, env=programs.environment, stdin=stdin, stdout=theirs, timeout=20, check=True)
+        subprocess.run(command, env=programs.environment, stdin=stdin, stdout=theirs, timeout=60, check=True)
         assert ("--tty" in programs.calls()[-1]) == tty
     os.close(theirs)
     os.close(ours)
@@ -296,4 +296,4 @@ def test_a_stop_of_make_reaches_docker(programs: Programs, tmp_path: Path) -> No
     assert process.stdout is not None
     assert process.stdout.readline().startswith("process")
     process.terminate()
-    assert process.communicate(timeout=20)[0] == "stopped\n"
+    assert process.communicate(timeout=60)[0] == "stopped\n"

@@ -72,8 +72,12 @@ def test_workers_that_the_trainer_leaves_behind_are_ended(own_session: bool, tmp
 
 
 def test_other_programs_and_what_they_start_meanwhile_are_left_alone(tmp_path: Path) -> None:
-    other = subprocess.Popen(["sh", "-c", "sleep 0.5; sleep 600; true"])
-    run("import time; time.sleep(1)", tmp_path)
+    begun, there = tmp_path / "begun", tmp_path / "there"
+    wait = "import os, time\nwhile not os.path.exists({!r}): time.sleep(0.01)\n"
+    program = wait.format(str(begun)) + "import subprocess; subprocess.Popen(['sleep', '600'])\n"
+    program += f"open({str(there)!r}, 'w'); time.sleep(600)"
+    other = subprocess.Popen([sys.executable, "-c", program])
+    run(f"open({str(begun)!r}, 'w')\n" + wait.format(str(there)), tmp_path)
     left = psutil.Process(other.pid).children()
     assert [process.cmdline() for process in left] == [["sleep", "600"]]
     for process in (*left, other):
@@ -189,8 +193,9 @@ def stopping() -> Iterator[None]:
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended, or ends within a second."""
-    for _ in range(100):
+    """Whether a process has ended, or ends within a minute."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
         state = subprocess.run(
             ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False
         ).stdout
