@@ -155,7 +155,10 @@ def _memory(
 
 
 def _going_on(plan: Plan, here: Here | None, storage: Storage, problems: list[Problem]) -> Plan:
-    """The plan with what is to be learned and, where the user names none, states that learned some of it."""
+    """The plan with what is to be learned, and the states that have learned some of it.
+
+    A job that the user lets go on from another state has none at first, and its own after a break.
+    """
     request, described = plan.request, plan.extras.dataset_config
     run = states.identity(
         request,
@@ -163,14 +166,16 @@ def _going_on(plan: Plan, here: Here | None, storage: Storage, problems: list[Pr
         plan.model,
         data=(plan.dataset, plan.dataset_files),
         reg=(plan.reg, plan.reg_files) if plan.reg else None,
+        weights=plan.extras.weights,
         values=plan.merged.values,
         dataset_config=described.content if described else None,
     )
-    if here is None or "resume" in plan.merged.settings:
+    if here is None:
         return replace(plan, run=run)
     places = [here.tree.checkpoints, *([request.checkpoints] if request.checkpoints else [])]
     found, wrong = states.find(places, run, storage)
-    problems += wrong
+    if "resume" not in plan.merged.settings:
+        problems += wrong
     return replace(plan, run=run, states=found)
 
 

@@ -29,10 +29,12 @@ class EventLog:
         self._source, self._folder = source, folder
         self.name = before.name if before else None  # below `folder`; None while nothing is logged
         self._read = 0  # bytes of the trainer's file
-        self._shift = 0  # by how many bytes ours is longer
+        self._before = 0  # bytes that were logged before a break
         if before is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(before.file, self.file)
+            self._before = self.file.stat().st_size
+        self._shift = 0  # by how many bytes ours is longer
 
     @property
     def file(self) -> Path:
@@ -53,10 +55,10 @@ class EventLog:
         added = content[: _whole(content)]
         if not added:
             return
-        if self._read == 0 and (size := self.file.stat().st_size):
+        if self._read == 0 and self._before:
             first = _record(added)  # says which version of the format follows, and is there already
             added, self._read = added[first:], first
-            self._shift = size - first
+            self._shift = self._before - first
         with self.file.open("r+b") as ours:  # what a full disk cut off the last time is overwritten
             ours.seek(self._read + self._shift)
             ours.write(added)

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from entrypoint import captions, dataset, mending, outbox, pictures, publish, resize, states, stops, trainer
@@ -43,35 +44,38 @@ from kohya.states import FOLDER, VARIABLE
 
 def run(arguments: Sequence[str]) -> int:
     """Run a job to its end and return the exit code: 0 only if a verified LoRA exists."""
-    stops.raise_them()
     storage = Storage()
     error: BaseException | None = None
     sent = Outbox(storage)
     keeper: Keeper | None = None
-    with tempfile.TemporaryDirectory(prefix="kohya-job-") as work:
+    with tempfile.TemporaryDirectory(prefix="kohya-job-", ignore_cleanup_errors=True) as work:
         job = Job(Tree.from_environment(), Path(work))
         job.tree.forget_failure()
         try:
-            with job.stage("resolve"):
-                job.request = resolve(arguments, job.tree, storage)
-            with job.stage("check"):
-                job.plan = check(job.request, job.tree, scratch(), storage)
-                _say_plan(job.plan)
-            with job.stage("fetch"):
-                job.inputs = fetch(job.plan, storage)
-                job.looked = look(job.inputs)
-                taken = states.take(job.plan.states, job.work, storage)
-            with job.stage("prepare"):
-                job.prepared = prepare(job.inputs, job.looked, taken, job)
-            with job.stage("train"):
-                keeper = Keeper(job, job.prepared, sent, _verified)
-                with keeper.watching():
-                    ended = train(job.prepared)
-            with job.stage("verify"):
-                job.loras = verify(job.prepared, ended)
+            try:
+                stops.raise_them()
+                with job.stage("resolve"):
+                    job.request = resolve(arguments, job.tree, storage)
+                with job.stage("check"):
+                    job.plan = check(job.request, job.tree, scratch(), storage)
+                    _say_plan(job.plan)
+                with job.stage("fetch"):
+                    job.inputs = fetch(job.plan, storage)
+                    job.looked = look(job.inputs)
+                    taken = states.take(job.plan.states, job.work, storage)
+                with job.stage("prepare"):
+                    job.prepared = prepare(job.inputs, job.looked, taken, job)
+                with job.stage("train"):
+                    keeper = Keeper(job, job.prepared, sent, _verified)
+                    with keeper.watching():
+                        ended = train(job.prepared)
+                with job.stage("verify"):
+                    keeper.sweep(ended=True)
+                    job.loras = verify(job.prepared, ended, keeper)
+            finally:  # there is nothing left to stop, and publishing has its own time
+                stops.note_them()
         except (Exception, Stopped) as caught:  # a defect of ours must leave a failure file too
             error = caught
-        stops.note_them()  # there is nothing left to stop, and publishing has its own time
         return finish(job, error, keeper, sent)
 
 
@@ -182,12 +186,15 @@ def prepare(inputs: Inputs, looked: Looked, taken: Taken | None, job: Job) -> Pr
         prompts = work / f"prompts{PurePosixPath(name).suffix}"
         prompts.write_text(text, encoding="utf-8")
         owned["sample_prompts"] = str(prompts)
+    settings = dict(plan.merged.settings)
     if taken is not None:
         outbox.place(taken.loras, output)
+        for begun in ("initial_epoch", "initial_step"):  # which sd-scripts would believe, and not the state
+            settings.pop(begun, None)
         owned["resume"] = str(taken.folder)
         if plan.sd_scripts is not None:
             owned["skip_until_initial_step"] = True
-    merged = config.own(plan.merged, owned)
+    merged = config.own(replace(plan.merged, settings=settings), owned)
     if "output_name" not in merged.settings:
         merged = config.own(merged, {"output_name": "lora"})
     for note in merged.notes:
@@ -218,7 +225,7 @@ def train(prepared: Prepared) -> trainer.Ended:
     return trainer.run(command, environment, prepared.log, 60 * plan.request.stall_minutes)
 
 
-def verify(prepared: Prepared, ended: trainer.Ended) -> list[Lora]:
+def verify(prepared: Prepared, ended: trainer.Ended, keeper: Keeper) -> list[Lora]:
     """Every LoRA that the trainer left, the last one among them; a bad one fails the job.
 
     Raises TrainerFailed when there is no last LoRA, whatever the trainer's exit code.
@@ -229,7 +236,8 @@ def verify(prepared: Prepared, ended: trainer.Ended) -> list[Lora]:
         how = f"exit code {ended.code}" if ended.code >= 0 else signal.Signals(-ended.code).name
         left = "" if final.exists() else f" and left no {final.name}"
         raise TrainerFailed(f"{ended.cause or f'{last}.'} (The trainer ended with {how}{left}.)")
-    return [_verified(path, prepared) for path in sorted(prepared.output.glob("*.safetensors"))]
+    paths = sorted(prepared.output.glob("*.safetensors"))
+    return [keeper.verified(path) or _verified(path, prepared) for path in paths]
 
 
 def finish(job: Job, error: BaseException | None, keeper: Keeper | None, sent: Outbox) -> int:
@@ -239,11 +247,9 @@ def finish(job: Job, error: BaseException | None, keeper: Keeper | None, sent: O
         job.tree.give_room()
     else:
         job.tree.write_failure(cause)  # before anything is sent: a slow upload must not cost the cause
-    if error is not None and job.prepared is not None:
-        job.loras = _good_ones(job.prepared)
     try:
         with job.stage("publish"):
-            _publish(job, keeper, sent)
+            _publish(job, error, keeper, sent)
     except Exception as fault:  # whatever it is, the job must still tell how it ended
         unpublished = f"The results could not all be published: {fault}"
         if kept := [lora.path.name for lora in job.loras if (job.tree.model / lora.path.name).exists()]:
@@ -253,22 +259,29 @@ def finish(job: Job, error: BaseException | None, keeper: Keeper | None, sent: O
             job.tree.write_failure(cause)
         else:
             warn(unpublished)
-    try:
-        if error is None and keeper is not None:
+    if error is None and keeper is not None:
+        try:
             for files, location in keeper.finish():
                 sent.send(files, location)
+        except Exception as fault:
+            warn(f"the job's states could not be marked as done, and remain: {fault}")
+    try:
         publish.record(job, exit_code, cause, sent)
     except Exception as fault:
-        warn(f"what is told of the job could not be published: {fault}")
+        warn(f"job.json could not be published: {fault}")
     _tell(job, error, cause)
     return exit_code
 
 
-def _publish(job: Job, keeper: Keeper | None, sent: Outbox) -> None:
-    if keeper is not None:
+def _publish(job: Job, error: BaseException | None, keeper: Keeper | None, sent: Outbox) -> None:
+    if job.prepared is None or keeper is None:
+        publish.results(job, sent, ())
+        return
+    if error is not None:
         keeper.sweep(ended=True)
+        job.loras = _good_ones(job.prepared, keeper)
     sent.wait()
-    publish.results(job, sent, keeper.left() if keeper is not None else ())
+    publish.results(job, sent, keeper.log() if error is None else keeper.left())
 
 
 def _tell(job: Job, error: BaseException | None, cause: str) -> None:
@@ -347,12 +360,12 @@ def _verified(path: Path, prepared: Prepared) -> Lora:
     return verify_lora(path, networks.expected(prepared.plan.kind, prepared.merged.values))
 
 
-def _good_ones(prepared: Prepared) -> list[Lora]:
+def _good_ones(prepared: Prepared, keeper: Keeper) -> list[Lora]:
     """The LoRAs of a job that failed or was stopped that work all the same."""
     good = []
     for path in sorted(prepared.output.glob("*.safetensors")):
         try:
-            good.append(_verified(path, prepared))
+            good.append(keeper.verified(path) or _verified(path, prepared))
         except BadLora as error:
             warn(f"not published: {error}")
     return good

@@ -39,7 +39,7 @@ class Outbox:
     def begin(self, batches: Sequence[Batch]) -> None:
         """Send these in the background, one batch after the other. Only while it is not busy.
 
-        After a fault the rest stays where it is; the same fault is told once.
+        After a fault nothing more goes to the same place this time; the same fault is told once.
         """
         left = [(new, location) for files, location in batches if (new := self._new(files, location))]
         if left:
@@ -54,11 +54,17 @@ class Outbox:
         """Whether these were sent, as they are now."""
         return not self._new(files, location)
 
+    def has_any(self, name: str, location: Location) -> bool:
+        """Whether anything was sent under this name."""
+        return _key(name, location) in self._sent
+
     def send(self, files: Mapping[str, Path], location: Location) -> None:
         """Send what is not there yet, now, as long as the job may go on. Raises JobError and OSError."""
         sending = Crew(1, "publish")
-        self._end(sending.submit(partial(self._send, files, location))).result()
-        sending.leave()
+        try:
+            self._end(sending.submit(partial(self._send, files, location))).result()
+        finally:
+            sending.leave()
 
     def _end(self, sending: Future[None]) -> Future[None]:
         """Wait until it has ended; when the time is over it does so by itself, and says what was not sent."""
@@ -80,13 +86,17 @@ class Outbox:
         self._sent |= {_key(name, location): signature for name, signature in found.items()}
 
     def _all(self, batches: Sequence[Batch]) -> None:
-        try:
-            for files, location in batches:
+        failed = set()
+        for files, location in batches:
+            if location in failed:  # no manifest without its state
+                continue
+            try:
                 self._send(files, location)
-        except (JobError, OSError) as fault:
-            if str(fault) not in self._told:
-                warn(f"not published yet, and tried again: {fault}")
-            self._told.add(str(fault))
+            except (JobError, OSError) as fault:
+                failed.add(location)
+                if str(fault) not in self._told:
+                    warn(f"not published yet, and tried again: {fault}")
+                self._told.add(str(fault))
 
     def _new(self, files: Mapping[str, Path], location: Location) -> dict[str, Path]:
         sent = self._sent

@@ -9,7 +9,7 @@ from entrypoint.failures import JobError
 from entrypoint.inputs import PLACED
 from entrypoint.outbox import Batch, Outbox
 from entrypoint.record import Job
-from entrypoint.request import JobRequest
+from entrypoint.request import JobRequest, Location
 from kohya import config
 
 
@@ -22,11 +22,16 @@ def results(job: Job, outbox: Outbox, more: Iterable[Batch] = ()) -> None:
     if job.request is None:
         return
     faults: list[str] = []
-    for batches in (_results(job, job.request), _captions(job, job.request), more):
+    request = job.request
+    for batches in (_loras(job, request), more, _results(job, request), _captions(job, request)):
+        failed: set[Location] = set()
         with _noted(faults):
             for files, location in batches:
-                with _noted(faults):
-                    outbox.send(files, location)
+                if location not in failed:  # no manifest without its state
+                    failed.add(location)
+                    with _noted(faults):
+                        outbox.send(files, location)
+                        failed.remove(location)
     if faults:
         raise JobError(" ".join(dict.fromkeys(faults)))
 
@@ -42,6 +47,13 @@ def _captions(job: Job, request: JobRequest) -> Iterator[Batch]:
         yield written, request.output
 
 
+def _loras(job: Job, request: JobRequest) -> Iterator[Batch]:
+    loras = {lora.path.name: lora.path for lora in job.loras}
+    yield loras, job.tree.model
+    if request.output is not None:
+        yield loras, request.output
+
+
 def _results(job: Job, request: JobRequest) -> Iterator[Batch]:
     """The configuration is written so that the job can be run again from it: without the job's own paths,
     and without secrets.
@@ -52,11 +64,7 @@ def _results(job: Job, request: JobRequest) -> Iterator[Batch]:
     values = {**prepared.plan.merged.values, "output_name": prepared.output_name}
     not_again = config.OWNED | PLACED | SECRET_OPTIONS | {"resume", "skip_until_initial_step"}
     again = {name: value for name, value in values.items() if name not in not_again}
-    loras = {lora.path.name: lora.path for lora in job.loras}
     samples = {f"sample/{path.name}": path for path in sorted((prepared.output / "sample").glob("*"))}
-    yield loras, job.tree.model
-    if request.output is not None:
-        yield loras, request.output
     yield samples, job.tree.data
     if request.output is not None and not request.flat:
         yield samples, request.output

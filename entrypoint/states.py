@@ -13,12 +13,14 @@ A state is taken when each of its files has the checksum that its manifest state
 learned is the same: base model, data set, and all options but those that change speed or what is written.
 """
 
+import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
@@ -27,8 +29,8 @@ from entrypoint import files
 from entrypoint.console import SECRET_OPTIONS, say, warn
 from entrypoint.dataset import DataSet
 from entrypoint.event_log import Before, EventLog
-from entrypoint.failures import Problem, StorageError, collecting
-from entrypoint.files import File
+from entrypoint.failures import Outage, Problem, StorageError, collecting
+from entrypoint.files import File, Single
 from entrypoint.inputs import PLACED
 from entrypoint.model import ModelFile
 from entrypoint.request import JobRequest, Location, Source
@@ -76,6 +78,7 @@ class Taken:
     """A state that is whole, in the job's own scratch, with what belongs to it."""
 
     name: str
+    place: Location  # where it was found
     step: int
     folder: Path
     before: Before | None
@@ -89,12 +92,14 @@ def identity(
     *,
     data: tuple[DataSet, Mapping[str, File]],
     reg: tuple[DataSet, Mapping[str, File]] | None,
+    weights: Mapping[str, Sequence[Single]],
     values: Mapping[str, Any],
     dataset_config: Any,
 ) -> dict[str, Any]:
     """What is to be learned, as JSON has it: of a run that goes on it must be the same."""
     own = {
-        "base model": f"{model.name.rpartition('/')[2]}, {model.size} bytes",
+        "base model": _told_of(model.file),
+        "VAE and weights": [_told_of(one.file) for found in weights.values() for one in found],
         "data set": _listed(*data),
         "regularisation pictures": _listed(*reg) if reg else None,
         "kind": kind,
@@ -148,7 +153,7 @@ def take(states: Sequence[State], work: Path, storage: Storage) -> Taken | None:
         log, logged = folder / _LOG, state.manifest.event_log
         before = Before(log, logged) if logged and not unsafe(logged) and log.exists() else None
         say(f"fetch: going on after step {state.manifest.step} from {_where(state)}")
-        return Taken(state.name, state.manifest.step, folder, before, loras)
+        return Taken(state.name, state.place, state.manifest.step, folder, before, loras)
     return None
 
 
@@ -167,17 +172,37 @@ class Shelf:
         target = self.folder / LORAS / name
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{name}.part")
-        fact = _copied(lora, part)
-        part.replace(target)
+        try:
+            fact = _copied(lora, part)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
         self._loras[name] = fact
 
-    def keep(self, state: Path, log: EventLog, *, name: str | None = None, busy: str | None = None) -> str:
+    def forget_lora(self, name: str) -> None:
+        """A LoRA that the trainer has removed: states that follow do without it."""
+        self._loras.pop(name, None)
+
+    def keep(self, state: Path, log: EventLog, *, name: str | None = None, busy: Container[str] = ()) -> str:
         """Copy a state beside its place and rename it into it; returns the place's name. Raises OSError.
 
-        `name`: of one that was asked for. `busy`: a place that is not to be touched.
+        `name`: of one that was asked for. `busy`: places that are not to be touched. Where there is no room
+        beside it, the older state makes room first.
         """
-        other = PLACES[1 - PLACES.index(self._last)]
-        place = name or (self._last if other == busy else other)
+        other = PLACES[self._last == PLACES[0]]
+        place = name or (self._last if other in busy else other)
+        try:
+            self._put(state, log, place)
+        except OSError:
+            if place == self._last or not (self.folder / place).exists():
+                raise
+            shutil.rmtree(self.folder / place)
+            self._put(state, log, place)
+        if name is None:
+            self._last = place
+        return place
+
+    def _put(self, state: Path, log: EventLog, place: str) -> None:
         partial, old = self.folder / f".{place}.partial", self.folder / f".{place}.old"
         for left in (partial, old):
             shutil.rmtree(left, ignore_errors=True)
@@ -200,9 +225,6 @@ class Shelf:
             for left in (partial, old):
                 shutil.rmtree(left, ignore_errors=True)
         self.step = step
-        if name is None:
-            self._last = place
-        return place
 
     def finish(self) -> dict[str, Path]:
         """The job is done, and nothing goes on from here: its states are marked so, and give their room back.
@@ -212,13 +234,14 @@ class Shelf:
         """
         marked = {}
         for file in sorted(self.folder.glob(f"*/{MANIFEST}")):
-            place, content = file.parent, _read(file)
-            if place.name in PLACES:
-                for path in place.iterdir():
-                    if path != file:
-                        path.unlink() if path.is_file() else shutil.rmtree(path)
-            file.write_text(json.dumps({**content, **FINISHED}), encoding="utf-8")
+            place = file.parent
+            part = file.with_name(f".{MANIFEST}.part")
+            part.write_text(json.dumps(_read(file) | FINISHED), encoding="utf-8")
+            part.replace(file)
             marked[f"{place.name}/{MANIFEST}"] = file
+            for path in place.iterdir() if place.name in PLACES else ():
+                if path != file:
+                    path.unlink() if path.is_file() else shutil.rmtree(path)
         shutil.rmtree(self.folder / LORAS, ignore_errors=True)
         return marked
 
@@ -233,12 +256,21 @@ def _found(place: Location, storage: Storage) -> Iterator[State]:
         if rest != MANIFEST or name.startswith("."):
             continue
         try:
-            with files.opened(file, storage) as opened:
-                content = json.loads(opened.read())
+            content = _manifest(file, storage)
             if not content.get("finished"):
                 yield State(place, name, Manifest.model_validate(content), there)
         except (OSError, ValueError, ValidationError, AttributeError) as error:
             warn(f"{files.name_of(file)} cannot be read, and its state is passed over: {error}")
+
+
+def _manifest(file: File, storage: Storage) -> dict[str, Any]:
+    """A manifest's content. Fetched where it is in S3: a range that is read alone has no checksum."""
+    with TemporaryDirectory() as folder:
+        if isinstance(file, RemoteObject):
+            storage.fetch({MANIFEST: file}, Path(folder), what="check: manifest")
+            file = Path(folder, MANIFEST)
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -250,6 +282,12 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
 def _shown(value: Any) -> str:
     text = "not set" if value is None else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def _told_of(file: File) -> str:
+    """A file in a few words: of another one with the same name and size S3 has another ETag."""
+    etag = f", {file.etag}" if isinstance(file, RemoteObject) else ""
+    return f"{files.name_of(file).rpartition('/')[2]}, {files.size(file)} bytes{etag}"
 
 
 def _listed(data_set: DataSet, there: Mapping[str, File]) -> str:
@@ -265,7 +303,10 @@ def _listed(data_set: DataSet, there: Mapping[str, File]) -> str:
 def _copy(
     state: State, names: Mapping[str, str], facts: Mapping[str, _Fact], folder: Path, storage: Storage
 ) -> str | None:
-    """Copy files by their paths below the state's place to names below `folder`; what is wrong with one."""
+    """Copy files by their paths below the state's place to names below `folder`; what is wrong with one.
+
+    Raises OSError and StorageError where the disk is full or S3 is away, and nothing is wrong with the state.
+    """
     there = {name: state.there.get(path) for path, name in names.items()}
     for name, file in there.items():
         if file is None or unsafe(name):
@@ -279,6 +320,10 @@ def _copy(
             if found != facts[name]:
                 return f"{name} is not what was written"
     except (OSError, StorageError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or (isinstance(error, StorageError) and isinstance(error.problem, Outage)):
+            raise  # nothing is wrong with the state: the next attempt takes it
         return str(error)
     return None
 

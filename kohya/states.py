@@ -24,7 +24,7 @@ NOT_LEARNED = frozenset(
         "async_upload", "cache_latents_to_disk", "console_log_level", "console_log_simple",
         "cpu_offload_checkpointing", "ddp_gradient_as_bucket_view", "ddp_static_graph", "ddp_timeout",
         "dynamo_backend", "gradient_checkpointing", "highvram", "log_prefix", "log_tracker_name", "log_with",
-        "lowram", "max_data_loader_n_workers", "mem_eff_attn", "persistent_data_loader_workers", "resume",
+        "lowram", "max_data_loader_n_workers", "mem_eff_attn", "persistent_data_loader_workers",
         "sample_at_first", "sample_every_n_epochs", "sample_every_n_steps", "sample_prompts",
         "sample_sampler", "save_every_n_epochs", "save_every_n_steps", "save_last_n_epochs",
         "save_last_n_epochs_state",

@@ -46,7 +46,7 @@ def test_no_half_lora_is_ever_visible(
     folders = {name: tmp_path / name for name in ("output", "states", "logs")}
     for folder in folders.values():
         folder.mkdir()
-    plan = SimpleNamespace(request=request, run={})
+    plan = SimpleNamespace(request=request, run={}, states=())
     prepared: Any = SimpleNamespace(plan=plan, taken=None, output_name="cat", **folders)
 
     def verify(path: Path, _prepared: Any) -> Lora:

@@ -18,10 +18,12 @@ from entrypoint.storage import Storage
 class Run:
     """A trainer's folders, and the keeper of them; a LoRA works when it ends with a full stop."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, checkpoints: Path | None = None) -> None:
         self.root, self.tree = root, Tree(root / "ml")
-        request = SimpleNamespace(output=None, logs=None, checkpoints=root / "there", flat=False)
-        plan = SimpleNamespace(request=request, run={"seed": 1})
+        request = SimpleNamespace(
+            output=None, logs=None, checkpoints=checkpoints or root / "there", flat=False
+        )
+        plan = SimpleNamespace(request=request, run={"seed": 1}, states=())
         self.output, self.states = root / "output", root / "states"
         for folder in (self.output, self.states):
             folder.mkdir()
@@ -145,10 +147,90 @@ def test_what_cannot_be_kept_is_told_once_and_tried_again(
     run.write("cat-1.safetensors", "whole.")
     for _ in range(3):
         run.keeper.sweep(ended=True)
-    assert capsys.readouterr().err.count("WARNING: it cannot be kept, and is tried again") == 1
+    assert capsys.readouterr().err.count("WARNING: a LoRA could not be kept") == 1
     run.tree.model.unlink()
-    run.keeper.sweep()
+    run.keeper.sweep(ended=True)
     assert run.kept == {"cat-1.safetensors"}
+
+
+def test_a_fault_in_sending_does_not_end_the_sweeping(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("entrypoint.keeper.SWEEP_SECONDS", 0.01)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(run.outbox, "begin", broken)
+    with run.keeper.watching():
+        run.write("cat-1.safetensors", "whole.")
+        while not run.kept:
+            shutil.disk_usage("/")
+
+
+@pytest.mark.parametrize("removed", [True, False])
+def test_a_lora_that_is_not_looked_at_yet_holds_a_state_up_and_one_that_is_gone_does_not(
+    removed: bool, run: Run
+) -> None:
+    lora = run.write("cat-1.safetensors", "whole.")
+    run.keeper.sweep()
+    run.state(4)
+    lora.write_text("another.")
+    run.keeper.sweep()
+    assert run.steps() == {}
+    if removed:
+        lora.unlink()
+    run.keeper.sweep()
+    assert run.steps() == {"state-a": 4}
+
+
+def test_a_lora_that_is_made_again_and_is_bad_leaves_the_good_one(run: Run) -> None:
+    file = run.write("cat-1.safetensors", "whole.")
+    run.keeper.sweep(ended=True)
+    file.write_text("half")
+    run.keeper.sweep(ended=True)
+    assert (run.root / "kept" / "cat-1.safetensors").read_text() == "whole."
+    assert (run.tree.model / "cat-1.safetensors").read_text() == "whole."
+
+
+def test_states_that_the_trainer_removes_go_too(run: Run) -> None:
+    state = run.state(13, run.output)
+    run.keeper.sweep(ended=True)
+    assert run.steps() == {state.name: 13}
+    shutil.rmtree(state)
+    run.keeper.sweep()
+    assert run.steps() == {}
+
+
+def test_of_two_places_far_away_one_is_always_whole(run: Run) -> None:
+    there = run.root / "there"
+
+    def send(*, only: int | None = None) -> None:
+        for content, location in [*run.keeper.left()][:only]:
+            run.outbox.send(content, location)
+
+    def whole() -> list[int]:
+        found = (json.loads(path.read_text()) for path in there.glob("state-*/state.json"))
+        return [manifest["step"] for manifest in found if "step" in manifest]
+
+    run.state(10)
+    run.keeper.sweep(ended=True)
+    send()
+    assert whole() == [10]
+    for step in (20, 30):  # of which no more than the mark goes through
+        run.state(step)
+        run.keeper.sweep(ended=True)
+        send(only=1)
+        assert whole() == [10]
+    send()
+    assert sorted(whole()) == [10, 30]
+
+
+def test_a_place_that_is_the_jobs_own_is_not_sent_to(tmp_path: Path) -> None:
+    made = Run(tmp_path, checkpoints=tmp_path / "ml" / "checkpoints")
+    made.state(4)
+    made.keeper.sweep(ended=True)
+    for content, location in made.keeper.left():
+        made.outbox.send(content, location)
+    assert made.steps() == {"state-a": 4}
 
 
 def test_it_sweeps_while_the_trainer_runs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,3 +1,4 @@
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def test_a_place_that_is_busy_is_not_touched(tmp_path: Path, log: EventLog) -> N
     shelf = Shelf(tmp_path / "shelf", RUN, None)
     first = shelf.keep(make(tmp_path / "1", 1), log)
     for step in (2, 3):
-        assert shelf.keep(make(tmp_path / str(step), step), log, busy=first) != first
+        assert shelf.keep(make(tmp_path / str(step), step), log, busy={first}) != first
     assert find(shelf.folder) == ([3, 1], [])
 
 
@@ -91,6 +92,39 @@ def test_a_copy_that_fails_leaves_what_was_there(tmp_path: Path, log: EventLog) 
         shelf.keep(half, log)
     assert find(shelf.folder) == ([2, 1], [])
     assert sorted(path.name for path in shelf.folder.iterdir()) == [*PLACES]
+
+
+def test_a_state_that_cannot_be_fetched_now_is_not_broken(
+    tmp_path: Path, log: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the job would begin anew, and write over it."""
+    shelf = Shelf(tmp_path / "shelf", RUN, None)
+    shelf.keep(make(tmp_path / "1", 1), log)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(states, "_copied", full)
+    with pytest.raises(OSError, match="No space left"):
+        taken(shelf.folder, tmp_path / "work")
+
+
+def test_without_room_beside_it_the_older_state_makes_room(
+    tmp_path: Path, log: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = Shelf(tmp_path / "shelf", RUN, None)
+    for step in (1, 2):
+        shelf.keep(make(tmp_path / str(step), step), log)
+    copied = states._copied
+
+    def on_a_full_disk(source: Path, target: Path) -> Any:
+        if len([*shelf.folder.glob("state-*")]) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return copied(source, target)
+
+    monkeypatch.setattr(states, "_copied", on_a_full_disk)
+    shelf.keep(make(tmp_path / "3", 3), log)
+    assert find(shelf.folder) == ([3, 2], [])
 
 
 def test_what_differs_is_named(tmp_path: Path, log: EventLog) -> None:
