@@ -15,8 +15,8 @@ from tests.contract.test_job import keys
 from tests.harness import TINY, Job, Result
 from tests.s3 import S3Server
 
-STEPS = 24
-ASKED = {**TINY, "max_train_epochs": "6", "seed": "1", "state_every_minutes": "0.0001"}
+STEPS = 40
+ASKED = {**TINY, "max_train_epochs": "10", "seed": "1", "state_every_minutes": "0.0001"}
 
 
 @pytest.fixture(scope="session")
@@ -81,8 +81,8 @@ def kill(job: Job, text: str, *flags: str) -> Result:
 def test_a_job_that_is_stopped_and_killed_ends_as_if_it_was_not(
     ready: Job, uninterrupted: dict[str, bytes]
 ) -> None:
-    assert ready.run_until("epoch=2/6", signal.SIGTERM).code == 143
-    assert kill(ready, "epoch=4/6").code == -signal.SIGKILL
+    assert ready.run_until("epoch=2/10", signal.SIGTERM).code == 143
+    assert kill(ready, "epoch=4/10").code == -signal.SIGKILL
     for path in ready.model.iterdir():  # of a new machine, where only the checkpoints are put back
         path.unlink()
     result = ready.run()
@@ -105,7 +105,7 @@ def test_a_job_goes_on_on_another_machine(
     """With checkpoint_uri nothing of the first machine is needed."""
     ready.environment |= s3.environment
     flags = (f"--checkpoint_uri={bucket / 'states'}", f"--logs_uri={bucket / 'logs'}")
-    assert ready.run_until("epoch=3/6", signal.SIGTERM, *flags).code == 143
+    assert ready.run_until("epoch=3/10", signal.SIGTERM, *flags).code == 143
     there = keys(s3, bucket / "states")
     assert "loras/shape-000001.safetensors" in there
     for name in ("checkpoints", "model", "output"):
@@ -123,7 +123,7 @@ def test_a_job_goes_on_on_another_machine(
 
 
 def test_a_broken_state_is_passed_over_and_another_runs_is_refused(ready: Job) -> None:
-    assert ready.run_until("epoch=3/6", signal.SIGTERM).code == 143
+    assert ready.run_until("epoch=3/10", signal.SIGTERM).code == 143
     result = ready.run("--network_alpha=2", "--unet_lr=2e-3", "--seed=1")
     assert result.code == 2
     assert "network_alpha was 4.0 and is 2.0; unet_lr was 0.001 and is 0.002. Ask for the same" in result.err
