@@ -23,6 +23,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
+from tests.s3 import S3Server
+
 _S3_ERRORS = {
     "slow_down": (503, "SlowDown", "Please reduce your request rate."),
     "internal_error": (500, "InternalError", "We encountered an internal error. Please try again."),
@@ -49,6 +51,12 @@ KINDS = (
 )
 
 _STALL_SECONDS = 25.0  # longer than a test waits; a client that waits for longer still does not hang it
+
+
+def rates(total: float, s3: S3Server) -> dict[str, float]:
+    """Probabilities that sum up to `total`; without what only a checksum tells where a server keeps none."""
+    kinds = KINDS if s3.stand_in else KINDS[: KINDS.index("corrupt")]
+    return dict.fromkeys(kinds, total / len(KINDS))
 
 
 @dataclass(frozen=True)

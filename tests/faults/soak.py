@@ -39,7 +39,7 @@ from kohya import sd_scripts
 from kohya.networks import expected
 from tests.contract.test_job import put
 from tests.faults.disk import on_small_disk
-from tests.faults.proxy import KINDS, Drawn, Proxy, impatient
+from tests.faults.proxy import Drawn, Proxy, impatient, rates
 from tests.faults.reader import Reader
 from tests.harness import NARROW, TINY, Job, Result, write_dataset
 from tests.s3 import S3Server, new_bucket, serving
@@ -207,7 +207,7 @@ def lied_to(world: World, trainer: str, seed: int, reference: Reference, figures
     )
     outputs = [f"--{what}_uri={world.bucket / what / name}" for what in ("logs", "checkpoint")]
     try:
-        with Proxy(world.s3.endpoint, Drawn(seed, dict.fromkeys(KINDS, FAULTY / len(KINDS)))) as proxy:
+        with Proxy(world.s3.endpoint, Drawn(seed, rates(FAULTY, world.s3))) as proxy:
             job.environment["AWS_ENDPOINT_URL_S3"] = proxy.address
             job.prefix = impatient(silence=2)
             check_end(job, trainer, job.run(*inputs, *outputs), reference)

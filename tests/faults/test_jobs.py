@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from entrypoint.storage import S3Uri
 from kohya.config import Kind
 from tests.contract.test_job import keys, put
-from tests.faults.proxy import KINDS, Asked, Drawn, Proxy, impatient
+from tests.faults.proxy import Asked, Drawn, Proxy, impatient, rates
 from tests.harness import TINY, Job, Result
 from tests.s3 import S3Server
 
@@ -37,7 +37,7 @@ def test_a_faulty_s3_makes_the_same_lora_and_one_that_goes_away_loses_none(
     """In the second job S3 is well up to the first upload: its LoRA is the one made without faults."""
     ill = Job(tmp_path / "ill")
     try:
-        with Proxy(s3.endpoint, Drawn(12, dict.fromkeys(KINDS, 0.3 / len(KINDS)))) as proxy:
+        with Proxy(s3.endpoint, Drawn(12, rates(0.3, s3))) as proxy:
             result = run(ill, s3, proxy, folder, impatient(silence=2))
         assert result.code == 0, result.out + result.err
         assert result.err == ""

@@ -27,7 +27,7 @@ from entrypoint.storage import (
 )
 from tests.contract.test_storage import files, put, put_in_parts
 from tests.faults.disk import on_small_disk
-from tests.faults.proxy import KINDS, Asked, Drawn, Proxy, always, once
+from tests.faults.proxy import KINDS, Asked, Drawn, Proxy, always, once, rates
 from tests.s3 import S3Server, free_port
 
 FETCHING = [kind for kind in KINDS if kind not in ("damaged", "forgotten", "hollow")]
@@ -76,6 +76,8 @@ def assert_nothing_unfinished(root: Path) -> None:
 def test_what_fails_once_is_fetched_all_the_same(
     s3: S3Server, bucket: S3Uri, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
+    if kind == "corrupt" and not s3.stand_in:
+        pytest.skip("this server keeps no checksums of what came in parts")
     monkeypatch.setattr(fetching, "PART", MIB // 2)
     content = stored(s3, bucket / "d", 2)
     proxy.schedule = once(kind)
@@ -117,7 +119,7 @@ def test_five_answers_in_a_hundred_are_faulty(
     monkeypatch.setattr(fetching, "PART", MIB // 16)
     monkeypatch.setattr(sending, "PART", 5 * MIB)
     content = stored(s3, bucket / "d", 60)
-    proxy.schedule = Drawn(seed, dict.fromkeys(KINDS, 0.05 / len(KINDS)))
+    proxy.schedule = Drawn(seed, rates(0.05, s3))
     fetch(bucket / "d", tmp_path / "in")
     assert files(tmp_path / "in") == content
     assert_nothing_unfinished(tmp_path / "in")
@@ -155,14 +157,15 @@ def test_a_range_a_head_and_a_write_check_take_no_harm(s3: S3Server, bucket: S3U
         storage.check_writable(bucket / "out")
     assert set(proxy.faults) == set(kinds)
     # An answer to HEAD does not say why; the GET that is to tell may find nothing wrong.
-    for kind, methods in (("expired", ["HEAD", "GET", "HEAD"]), ("slow_down", ["HEAD", "HEAD"])):
+    for kind in ("expired", "slow_down"):
         proxy.schedule = lambda asked, before, kind=kind: (
             kind if asked.method == "HEAD" and before == 0 else None
         )
         proxy._tries.clear()
         proxy.asked.clear()
         assert storage.head(bucket / "a.json").size == 8
-        assert [asked.method for asked in proxy.asked if asked.path == "/a.json"] == methods
+        asked = [one.method for one in proxy.asked if one.path == "/a.json"]
+        assert (asked[0], asked[-1], len(asked) > 1) == ("HEAD", "HEAD", True)
 
 
 @pytest.mark.usefixtures("quick")
