@@ -1,5 +1,6 @@
 """entrypoint.check: what follows from the GPU, and what sd-scripts would fail on."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 from entrypoint import check
 from entrypoint.contract import Tree
 from entrypoint.gpu import Gpu
-from entrypoint.request import Source
+from entrypoint.request import Source, resolve
 from kohya import config, rules
 from kohya.config import Setting
 from kohya.sd_scripts import SdScripts
@@ -236,3 +237,30 @@ def test_a_toml_that_an_option_names_is_not_the_configuration(name: str, tmp_pat
     (tmp_path / "job.toml").unlink()
     request = SimpleNamespace(layers=[[Setting(name, "a.toml", f"flag --{name}")]])
     assert check._configuration(request, Source(tmp_path, "channel config"), check.Storage()) is None
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_state_of_another_run_is_told_unless_the_user_names_one(
+    resume: bool, tmp_path: Path, base_models: dict[config.Kind, Path], pictures: Path
+) -> None:
+    tree = Tree(tmp_path / "ml")
+    for name in ("state-a", "named"):
+        (tree.checkpoints / name).mkdir(parents=True)
+        for file in ("train_state.json", "random_states.bin"):
+            (tree.checkpoints / name / file).write_text("{}")
+    manifest = {"format": 1, "step": 3, "run": {"seed": 1}, "event_log": None, "files": {}, "loras": {}}
+    (tree.checkpoints / "state-a" / "state.json").write_text(json.dumps(manifest))
+    flags = [f"--model_uri={base_models['sd15']}", f"--dataset_uri={pictures}", "--trainer=builtin"]
+    flags += [f"--resume={tree.checkpoints / 'named'}"] if resume else []
+    request = resolve(flags, tree, check.Storage())
+    found = check.examine(request, None, check.Storage(), check.Here(tree, tmp_path / "scratch"))
+    told = [str(problem) for problem in found.problems]
+    if resume:
+        assert told == []
+    else:
+        (problem,) = told
+        assert problem.startswith(
+            f"{tree.checkpoints}/state-a: it is of another run: VAE and weights was not"
+        )
+    assert found.plan is not None
+    assert found.plan.states == []
