@@ -377,6 +377,7 @@ def test_plain_text_begins_with_the_result(flags: list[str], capsys: pytest.Capt
     for title in ("notes", "base model", "data set", "training", "job", "configuration"):
         assert title in lines
     assert "  2_shape  4 pictures × 2  4 captions  0.1 MB" in lines
+    assert "  disk  1.0 GB, of which 1.0 GB are for what is made" in lines
     assert "\x1b" not in out
 
 
