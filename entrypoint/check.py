@@ -52,7 +52,7 @@ class Plan:
     compat: Compat | None  # None: the driver's own libraries serve
     sd_scripts: SdScripts | None  # None: the built-in trainer
     tagger: Tagger | None  # None: no captions are asked for
-    run: Mapping[str, Any]  # what is to be learned: of a run that goes on it must be the same
+    run: Mapping[str, Any]  # what is to be learned: of a run that goes on it must be the same; here alone
     states: Sequence[State]  # that the job may go on from, the newest first
 
 
@@ -157,8 +157,11 @@ def _memory(
 def _going_on(plan: Plan, here: Here | None, storage: Storage, problems: list[Problem]) -> Plan:
     """The plan with what is to be learned, and the states that have learned some of it.
 
-    A job that the user lets go on from another state has none at first, and its own after a break.
+    A job that is to run elsewhere has neither. One that the user lets go on from another state has none at
+    first, and its own after a break.
     """
+    if here is None:
+        return plan
     request, described = plan.request, plan.extras.dataset_config
     run = states.identity(
         request,
@@ -170,8 +173,6 @@ def _going_on(plan: Plan, here: Here | None, storage: Storage, problems: list[Pr
         values=plan.merged.values,
         dataset_config=described.content if described else None,
     )
-    if here is None:
-        return replace(plan, run=run)
     places = [here.tree.checkpoints, *([request.checkpoints] if request.checkpoints else [])]
     found, wrong = states.find(places, run, storage)
     if "resume" not in plan.merged.settings:

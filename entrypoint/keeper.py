@@ -18,7 +18,7 @@ from entrypoint.checkpoint import Lora
 from entrypoint.console import say, warn
 from entrypoint.event_log import EventLog
 from entrypoint.failures import BadLora
-from entrypoint.outbox import Batch, Outbox
+from entrypoint.outbox import Batch, Outbox, whole
 from entrypoint.record import Job, Prepared
 from entrypoint.request import Location
 from entrypoint.states import FINISHED, LORAS, MANIFEST, PLACES, Shelf
@@ -67,7 +67,7 @@ class Keeper:
         def watch() -> None:
             while not ended.wait(SWEEP_SECONDS):
                 self.sweep()
-                with self._lock, self._tried("send", ended=False):
+                with self._lock, self._tried("what is kept", "sent", ended=False):
                     if not ended.is_set() and not self._outbox.busy:
                         self._outbox.begin([*self._due()])
 
@@ -88,7 +88,7 @@ class Keeper:
                 ("a state", self._keep_states),
             ):
                 if ended or time.monotonic() >= self._paused.get(name, 0):
-                    with self._tried(name, ended=ended):
+                    with self._tried(name, "kept", ended=ended):
                         keep(ended)
 
     def verified(self, path: Path) -> Lora | None:
@@ -106,9 +106,8 @@ class Keeper:
         if self._logs is None or not self._log.file.is_file():
             return
         copy = self._scratch / "event_log"  # of a file that grows: nothing is sent that is cut off
-        part = self._scratch / "event_log.part"
-        shutil.copyfile(self._log.file, part)
-        part.replace(copy)
+        with whole(copy) as part:
+            shutil.copyfile(self._log.file, part)
         # ESD's page reads one file a job, and no folders; one that goes on has the name that it had before.
         flat = f"events.out.tfevents.{self._prepared.output_name}"
         yield {flat if self._flat else str(self._log.name): copy}, self._logs
@@ -233,19 +232,17 @@ class Keeper:
         for name, path in there.items():
             if not self._is_steady(path, ended):
                 continue
-            copy, part = self._scratch / name, self._scratch / f"{name}.part"
+            copy = self._scratch / name
             try:
-                shutil.copy2(path, part)
-                lora = self._verify(part, self._prepared)
+                with whole(copy) as part:  # one that is being sent under this name stays as it is
+                    shutil.copy2(path, part)
+                    lora = self._verify(part, self._prepared)
             except BadLora:  # it is still being written, or the job will tell of it at its end
                 pass
             else:
-                part.replace(copy)  # one that is being sent under this name stays as it is
                 self._outbox.send({name: copy}, self._tree.model)
                 self._shelf.keep_lora(copy, name)
                 self._loras[name] = replace(lora, path=copy)
-            finally:
-                part.unlink(missing_ok=True)
             self._dealt[path] = self._looked[path]
         for name in self._loras.keys() - there.keys():  # save_last_n_epochs and the like
             (self._tree.model / name).unlink(missing_ok=True)
@@ -262,13 +259,13 @@ class Keeper:
         return path in self._dealt and self._dealt[path] == self._looked[path]
 
     @contextmanager
-    def _tried(self, what: str, *, ended: bool) -> Iterator[None]:
+    def _tried(self, what: str, done: str, *, ended: bool) -> Iterator[None]:
         """After a fault go on with everything else: what is kept is worth more than to know why."""
         try:
             yield
         except Exception as fault:
             self._paused[what] = time.monotonic() + PAUSE_SECONDS
-            told = f"{what} could not be kept{'' if ended else ' for now'}: {fault}"
+            told = f"{what} could not be {done}{'' if ended else ' for now'}: {fault}"
             if told not in self._told:
                 warn(told)
             self._told.add(told)

@@ -6,8 +6,9 @@ not changed since, is not sent again. Nothing that lies there is ever deleted.
 
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -111,14 +112,20 @@ def place(files: Mapping[str, Path], folder: Path) -> None:
     Where the disk is full, and holds the file already, it gets a second name there.
     """
     for name, source in files.items():
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")
-        try:
+        with whole(folder / name) as part:
             _copy(source, part)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """A place beside `target` to write it to. It takes its name at the end, or goes where that fails."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")
+    try:
+        yield part
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -33,6 +33,7 @@ from entrypoint.failures import Outage, Problem, StorageError, collecting
 from entrypoint.files import File, Single
 from entrypoint.inputs import PLACED
 from entrypoint.model import ModelFile
+from entrypoint.outbox import whole
 from entrypoint.request import JobRequest, Location, Source
 from entrypoint.storage import RemoteObject, Storage, unsafe
 from kohya import config
@@ -125,13 +126,14 @@ def find(
         with collecting(problems):
             found += _found(place, storage)
     found.sort(key=lambda state: -state.manifest.step)
-    for state in found[:1]:
-        if told := list(_differences(state.manifest.run, run)):
+    compared = [(state, list(_differences(state.manifest.run, run))) for state in found]
+    for state, told in compared[:1]:
+        if told:
             more = f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
             wrong = f"it is of another run: {'; '.join(told[:_SHOWN])}{more}"
             fix = "Ask for the same, or empty this folder, or name another (CheckpointConfig, checkpoint_uri)"
             problems.append(Problem(_where(state), wrong, fix))
-    return [state for state in found if not list(_differences(state.manifest.run, run))], problems
+    return [state for state, told in compared if not told], problems
 
 
 def take(states: Sequence[State], work: Path, storage: Storage) -> Taken | None:
@@ -169,14 +171,8 @@ class Shelf:
 
     def keep_lora(self, lora: Path, name: str) -> None:
         """Keep a finished LoRA: a job that goes on elsewhere must not lose it. Raises OSError."""
-        target = self.folder / LORAS / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{name}.part")
-        try:
+        with whole(self.folder / LORAS / name) as part:
             fact = _copied(lora, part)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
         self._loras[name] = fact
 
     def forget_lora(self, name: str) -> None:
@@ -235,9 +231,8 @@ class Shelf:
         marked = {}
         for file in sorted(self.folder.glob(f"*/{MANIFEST}")):
             place = file.parent
-            part = file.with_name(f".{MANIFEST}.part")
-            part.write_text(json.dumps(_read(file) | FINISHED), encoding="utf-8")
-            part.replace(file)
+            with whole(file) as part:
+                part.write_text(json.dumps(_read(file) | FINISHED), encoding="utf-8")
             marked[f"{place.name}/{MANIFEST}"] = file
             for path in place.iterdir() if place.name in PLACES else ():
                 if path != file:

@@ -27,10 +27,9 @@ NOT_LEARNED = frozenset(
         "lowram", "max_data_loader_n_workers", "mem_eff_attn", "persistent_data_loader_workers",
         "sample_at_first", "sample_every_n_epochs", "sample_every_n_steps", "sample_prompts",
         "sample_sampler", "save_every_n_epochs", "save_every_n_steps", "save_last_n_epochs",
-        "save_last_n_epochs_state",
-        "save_last_n_steps", "save_last_n_steps_state", "save_n_epoch_ratio", "save_state",
-        "save_state_on_train_end", "sdpa", "skip_cache_check", "skip_until_initial_step", "torch_compile",
-        "training_comment", "vae_batch_size", "wandb_api_key", "wandb_run_name", "xformers",
+        "save_last_n_epochs_state", "save_last_n_steps", "save_last_n_steps_state", "save_n_epoch_ratio",
+        "save_state", "save_state_on_train_end", "sdpa", "skip_cache_check", "skip_until_initial_step",
+        "torch_compile", "training_comment", "vae_batch_size", "wandb_api_key", "wandb_run_name", "xformers",
     }
 )  # fmt: skip
 

@@ -13,7 +13,8 @@ between two optimizer steps, and a run that resumes from it goes on as if it had
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -76,31 +77,28 @@ def save(
 
     A state that cannot be written leaves nothing behind, and raises what the disk, torch or safetensors says.
     """
+    with _whole(folder) as partial:
+        partial.mkdir(parents=True)
+        save_file({key: value.cpu() for key, value in tensors.items()}, partial / "model.safetensors")
+        for name, part in {**parts, "random_states": _generators()}.items():
+            torch.save(part, partial / f"{name}.bin")
+        (partial / "train_state.json").write_text(json.dumps({"format": 1, **asdict(at)}))
+        if events is not None:
+            states.note_log(partial, events)
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write it to, which takes its name at the end, or goes where that fails."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write(partial, at, tensors, parts, events)
+        yield partial
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write(
-    partial: Path,
-    at: Position,
-    tensors: Mapping[str, torch.Tensor],
-    parts: Mapping[str, Any],
-    events: SummaryWriter | None,
-) -> None:
-    partial.mkdir(parents=True)
-    save_file({key: value.cpu() for key, value in tensors.items()}, partial / "model.safetensors")
-    for name, part in {**parts, "random_states": _generators()}.items():
-        torch.save(part, partial / f"{name}.bin")
-    (partial / "train_state.json").write_text(json.dumps({"format": 1, **asdict(at)}))
-    if events is not None:
-        states.note_log(partial, events)
 
 
 def load(folder: Path) -> tuple[Position, dict[str, torch.Tensor], dict[str, Any]]:
