@@ -8,7 +8,7 @@ import pytest
 
 from demo import base_model
 from kohya.config import KINDS, Kind
-from tests.harness import Job, write_dataset
+from tests.harness import TINY, Job, write_dataset
 from tests.s3 import bucket, s3
 
 __all__ = ["bucket", "s3"]
@@ -33,6 +33,15 @@ def job(tmp_path: Path) -> Iterator[Job]:
     made = Job(tmp_path)
     yield made
     made.end()
+
+
+@pytest.fixture
+def ready(job: Job, base_models: dict[Kind, Path], pictures: Path) -> Job:
+    """A job by channels that would succeed."""
+    job.mount("model", base_models["sd15"])
+    job.mount("dataset", pictures)
+    job.configure("hyperparameters", TINY)
+    return job
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

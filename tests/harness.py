@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from entrypoint.failures import Stopped
 from kohya.config import Kind
@@ -128,6 +129,28 @@ class Job:
     def events(self) -> list[Path]:
         return sorted((self.tree / "output" / "tensorboard").rglob("events.out.tfevents.*"))
 
+    @property
+    def steps(self) -> list[int]:
+        """The steps in its one event log."""
+        (log,) = self.events
+        return [event.step for event in EventAccumulator(str(log)).Reload().Scalars("loss/current")]
+
+    @property
+    def states(self) -> dict[Path, int]:
+        """The states that it has kept, and the step of each."""
+        found = (self.tree / "checkpoints").glob("*/state.json")
+        return {path.parent: json.loads(path.read_text()).get("step", 0) for path in found}
+
+    @property
+    def newest_state(self) -> Path:
+        return max(self.states, key=self.states.__getitem__)
+
+    @property
+    def loras(self) -> dict[str, bytes]:
+        """The numbers of each LoRA: its header tells of its session and its time."""
+        contents = {path.name: path.read_bytes() for path in self.model.glob("*.safetensors")}
+        return {name: one[8 + int.from_bytes(one[:8], "little") :] for name, one in contents.items()}
+
     def configure(self, name: str, content: Mapping[str, Any]) -> None:
         """Write one of SageMaker's JSON files, such as hyperparameters."""
         folder = self.tree / "input" / "config"
@@ -173,6 +196,16 @@ class Job:
 
     def run_until(self, text: str, number: int, *flags: str, timeout: float = 240) -> Result:
         """Run `train`, send a signal when a line holds `text`, and wait for its end."""
+        return self.run_and(text, lambda process: process.send_signal(number), *flags, timeout=timeout)
+
+    def run_and(
+        self,
+        text: str,
+        act: Callable[["subprocess.Popen[str]"], object],
+        *flags: str,
+        timeout: float = 240,
+    ) -> Result:
+        """Run `train`, do something to its process when a line holds `text`, and wait for its end."""
         process = self.start(*flags)
         assert process.stdout is not None
         assert process.stderr is not None
@@ -183,7 +216,7 @@ class Job:
             for line in process.stdout:
                 seen.append(line)
                 if text in line:
-                    process.send_signal(number)
+                    act(process)
                     break
             rest, err = process.communicate()
         finally:

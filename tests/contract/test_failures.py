@@ -35,15 +35,6 @@ def assert_refused(job: Job, result: Result, *said: str) -> None:
     assert not list(job.model.glob("*.safetensors"))
 
 
-@pytest.fixture
-def ready(job: Job, base_models: dict[Kind, Path], pictures: Path) -> Job:
-    """A job by channels that would succeed."""
-    job.mount("model", base_models["sd15"])
-    job.mount("dataset", pictures)
-    job.configure("hyperparameters", TINY)
-    return job
-
-
 def test_nothing_given(job: Job) -> None:
     result = job.run()
     assert_refused(

@@ -3,11 +3,9 @@
 import json
 import os
 import signal
-import threading
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from entrypoint.storage import S3Uri
 from kohya.config import Kind
@@ -31,51 +29,21 @@ def uninterrupted(
     result = made.run()
     assert result.code == 0, result.out + result.err
     made.end()
-    return loras(made)
+    return made.loras
 
 
 @pytest.fixture
-def ready(job: Job, base_models: dict[Kind, Path], pictures: Path) -> Job:
-    job.mount("model", base_models["sd15"])
-    job.mount("dataset", pictures)
-    job.configure("hyperparameters", ASKED)
-    return job
+def ready(ready: Job) -> Job:
+    ready.configure("hyperparameters", ASKED)
+    return ready
 
 
-def loras(job: Job) -> dict[str, bytes]:
-    """The numbers of each LoRA: its header tells of its session and its time."""
-    found = {}
-    for path in job.model.glob("*.safetensors"):
-        content = path.read_bytes()
-        found[path.name] = content[8 + int.from_bytes(content[:8], "little") :]
-    return found
-
-
-def steps(job: Job) -> list[int]:
-    """The steps in the one event log that there is."""
-    (log,) = job.events
-    events = EventAccumulator(str(log))
-    events.Reload()
-    return [event.step for event in events.Scalars("loss/current")]
-
-
-def kill(job: Job, text: str, *flags: str) -> Result:
+def kill(job: Job, text: str) -> Result:
     """Run until a line holds `text`, and kill all of the job without notice."""
     job.prefix = ("setsid",)
-    process = job.start(*flags)
-    assert process.stdout is not None
-    timer = threading.Timer(240, process.kill)
-    timer.start()
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if text in line:
-            os.killpg(process.pid, signal.SIGKILL)
-            break
-    rest, err = process.communicate()
-    timer.cancel()
+    result = job.run_and(text, lambda process: os.killpg(process.pid, signal.SIGKILL))
     job.prefix = ()
-    return Result(process.returncode, "".join(seen) + rest, err)
+    return result
 
 
 def test_a_job_that_is_stopped_and_killed_ends_as_if_it_was_not(
@@ -88,8 +56,8 @@ def test_a_job_that_is_stopped_and_killed_ends_as_if_it_was_not(
     result = ready.run()
     assert result.code == 0, result.out + result.err
     assert "fetch: going on after step" in result.out
-    assert loras(ready) == uninterrupted
-    assert steps(ready) == list(range(1, STEPS + 1))
+    assert ready.loras == uninterrupted
+    assert ready.steps == list(range(1, STEPS + 1))
     left = sorted(
         path.relative_to(ready.tree / "checkpoints").parts for path in ready.tree.glob("checkpoints/*/*")
     )
@@ -113,8 +81,8 @@ def test_a_job_goes_on_on_another_machine(
     result = ready.run(*flags)
     assert result.code == 0, result.out + result.err
     assert "fetch: going on after step" in result.out
-    assert loras(ready) == uninterrupted
-    assert steps(ready) == list(range(1, STEPS + 1))
+    assert ready.loras == uninterrupted
+    assert ready.steps == list(range(1, STEPS + 1))
     assert len(keys(s3, bucket / "logs")) == 1
     manifests = [key for key in keys(s3, bucket / "states") if key.endswith("/state.json")]
     for key in manifests:
@@ -127,11 +95,7 @@ def test_a_broken_state_is_passed_over_and_another_runs_is_refused(ready: Job) -
     result = ready.run("--network_alpha=2", "--unet_lr=2e-3", "--seed=1")
     assert result.code == 2
     assert "network_alpha was 4.0 and is 2.0; unet_lr was 0.001 and is 0.002. Ask for the same" in result.err
-    manifests = {
-        path.parent: json.loads(path.read_text())["step"]
-        for path in ready.tree.glob("checkpoints/*/state.json")
-    }
-    newest = max(manifests, key=lambda folder: manifests[folder])
+    newest = ready.newest_state
     damaged = newest / "model.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
@@ -142,4 +106,4 @@ def test_a_broken_state_is_passed_over_and_another_runs_is_refused(ready: Job) -
         f"WARNING: {newest} is broken and passed over: model.safetensors is not what was written"
         in result.err
     )
-    assert steps(ready) == list(range(1, STEPS + 1))
+    assert ready.steps == list(range(1, STEPS + 1))

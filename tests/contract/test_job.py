@@ -334,8 +334,7 @@ def test_a_job_goes_on_from_a_state(job: Job, base_models: dict[Kind, Path], pic
     job.configure("hyperparameters", {**TINY, "max_train_epochs": "6", "state_every_minutes": "0.0001"})
     result = job.run_until("epoch=2/6", signal.SIGTERM)
     assert result.code == 143, result.out + result.err
-    states = [*(job.tree / "checkpoints").glob("state-*")]
-    state = max(states, key=lambda one: json.loads((one / "state.json").read_text())["step"])
+    state = job.newest_state
     done = json.loads((state / "train_state.json").read_text())["current_step"]
 
     result = job.run(f"--resume={state}")

@@ -31,8 +31,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 from demo import base_model
 from entrypoint.storage import S3Uri
 from kohya import sd_scripts
@@ -110,28 +108,18 @@ def make_job(world: World, trainer: str, name: str) -> Job:
     return job
 
 
-def loras(job: Job) -> dict[str, bytes]:
-    """The numbers of each LoRA: its header tells of its session and its time."""
-    contents = {path.name: path.read_bytes() for path in job.model.glob("*.safetensors")}
-    return {name: one[8 + int.from_bytes(one[:8], "little") :] for name, one in contents.items()}
-
-
 def check_end(job: Job, trainer: str, result: Result, reference: Reference) -> None:
     """Raise Failed where a job did not end as the one that nobody broke off."""
     if result.code != 0:
         raise Failed(f"exit code {result.code}: {result.err.strip()[-300:]}")
-    found = loras(job)
+    found = job.loras
     if found.keys() != reference.loras.keys():
         raise Failed(f"it left {', '.join(sorted(found))}")
     if trainer == "builtin" and found != reference.loras:
         other = [name for name in found if found[name] != reference.loras[name]]
         raise Failed(f"its LoRAs are not those of the job that nobody broke off: {', '.join(other)}")
-    steps = []
-    for log in job.events:
-        events = EventAccumulator(str(log)).Reload()
-        steps += [event.step for event in events.Scalars("loss/current")]
-    if steps != list(range(1, STEPS + 1)):
-        raise Failed(f"its event logs hold the steps {steps}")
+    if job.steps != list(range(1, STEPS + 1)):
+        raise Failed(f"its event log holds the steps {job.steps}")
 
 
 def killed(world: World, trainer: str, seed: int, reference: Reference, figures: Figures) -> None:
@@ -146,7 +134,7 @@ def killed(world: World, trainer: str, seed: int, reference: Reference, figures:
             if result.code not in (143, -how):
                 raise Failed(f"exit code {result.code} after {how.name}: {result.err.strip()[-300:]}")
             figures.kills += 1
-            made, kept = last_step(result), newest(job)
+            made, kept = last_step(result), max(job.states.values(), default=0)
             if how == signal.SIGTERM and made > kept:
                 raise Failed(f"stopped after step {made}, and the newest state is of step {kept}")
             if how == signal.SIGKILL:
@@ -185,14 +173,6 @@ def last_step(result: Result) -> int:
     return max(
         (int(step) for step in re.findall(r"(?:step=|stopped after step )(\d+)", result.out)), default=0
     )
-
-
-def newest(job: Job) -> int:
-    """The step of the newest state; 0 without one."""
-    manifests = (
-        json.loads(path.read_text()) for path in (job.tree / "checkpoints").glob("state-*/state.json")
-    )
-    return max((manifest.get("step", 0) for manifest in manifests), default=0)
 
 
 def lied_to(world: World, trainer: str, seed: int, reference: Reference, figures: Figures) -> None:
@@ -266,7 +246,7 @@ def reference_of(world: World, trainer: str) -> Reference:
         try:
             if result.code != 0:
                 raise SystemExit(f"the job of {trainer} does not run as it is:\n{result.out}{result.err}")
-            return Reference(loras(job), seconds, job.record["seconds"]["train"] / STEPS)
+            return Reference(job.loras, seconds, job.record["seconds"]["train"] / STEPS)
         finally:
             job.end()
 

@@ -1,21 +1,8 @@
 """How a job in the image tells that it failed."""
 
-from pathlib import Path
-
-import pytest
-
-from kohya.config import Kind
 from tests.contract.test_failures import assert_refused
 from tests.harness import TINY
 from tests.image.container import ContainerJob
-
-
-@pytest.fixture
-def ready(job: ContainerJob, base_models: dict[Kind, Path], pictures: Path) -> ContainerJob:
-    """A job by channels that would succeed."""
-    job.mount("model", base_models["sd15"])
-    job.mount("dataset", pictures)
-    return job
 
 
 def test_an_unfit_request_is_told_cause_first(ready: ContainerJob) -> None:

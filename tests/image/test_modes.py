@@ -1,24 +1,13 @@
 """A whole job in each way that a container can be held down, and in all of them together."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kohya.config import Kind
 from tests.contract.test_job import assert_completed
 from tests.harness import TINY
 from tests.image.container import ALL_HARDENED, HARDENED, ContainerJob, Subject
 from tests.image.test_jobs import assert_quiet
-
-
-@pytest.fixture
-def ready(job: ContainerJob, base_models: dict[Kind, Path], pictures: Path) -> ContainerJob:
-    """A job by channels that would succeed as root."""
-    job.mount("model", base_models["sd15"])
-    job.mount("dataset", pictures)
-    job.configure("hyperparameters", TINY)
-    return job
 
 
 @pytest.mark.parametrize("mode", HARDENED)

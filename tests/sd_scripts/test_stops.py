@@ -4,14 +4,11 @@ import json
 import re
 import signal
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from entrypoint.checkpoint import verify_lora
-from kohya.config import Kind
 from kohya.networks import expected
 from tests.harness import NARROW, TINY, Job, Result
 
@@ -20,14 +17,12 @@ STEPS = 24
 
 
 @pytest.fixture
-def ready(job: Job, pictures: Path, base_models: dict[Kind, Path]) -> Job:
-    """A job by channels for SD1.5, of six epochs of four steps."""
-    job.environment["PYTHONPATH"] = str(NARROW)
-    job.mount("dataset", pictures)
-    job.mount("model", base_models["sd15"])
+def ready(ready: Job) -> Job:
+    """With the real sd-scripts, six epochs of four steps."""
+    ready.environment["PYTHONPATH"] = str(NARROW)
     asked = {"trainer": "sd-scripts", "max_train_epochs": "6", "max_data_loader_n_workers": "2"}
-    job.configure("hyperparameters", {**TINY, **asked})
-    return job
+    ready.configure("hyperparameters", {**TINY, **asked})
+    return ready
 
 
 @pytest.fixture
@@ -36,20 +31,6 @@ def two_devices(ready: Job) -> Job:
     ready.environment["PYTHONPATH"] = str(PROCESSES)
     ready.pretend("NVIDIA A10G, 8.6, 580.65.06", "NVIDIA A10G, 8.6, 580.65.06")
     return ready
-
-
-def state(job: Job) -> Path:
-    """The newest of the states that the job has kept."""
-    manifests = (job.tree / "checkpoints").glob("*/state.json")
-    return max(manifests, key=lambda path: int(json.loads(path.read_text())["step"])).parent
-
-
-def logged(job: Job) -> list[int]:
-    """The steps in the one event log."""
-    (log,) = job.events
-    events = EventAccumulator(str(log))
-    events.Reload()
-    return [event.step for event in events.Scalars("loss/current")]
 
 
 def processes(job: Job) -> str:
@@ -72,29 +53,18 @@ def stop(job: Job, epoch: int, *flags: str) -> int:
 
 def kill(job: Job, pattern: str, after: str) -> Result:
     """Run, kill with SIGKILL the oldest process that fits when a line holds `after`; how the job ended."""
-    process = job.start("--state_every_minutes=0.001")
-    assert process.stdout is not None
-    killer = threading.Timer(200, process.kill)
-    killer.start()
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if after in line:
-            subprocess.run(["pkill", "-KILL", "-o", "-f", f"{pattern}.*{job.scratch}"], check=True)
-            break
-    out, err = process.communicate()
-    killer.cancel()
-    return Result(process.returncode, "".join(seen) + out, err)
+    oldest = ["pkill", "-KILL", "-o", "-f", f"{pattern}.*{job.scratch}"]
+    return job.run_and(after, lambda _: subprocess.run(oldest, check=True), "--state_every_minutes=0.001")
 
 
 def test_two_stops_cost_no_step(ready: Job) -> None:
     first = stop(ready, 1)
-    assert logged(ready) == [*range(1, first + 1)]
+    assert ready.steps == [*range(1, first + 1)]
     second = stop(ready, 3)
-    assert logged(ready) == [*range(1, second + 1)]
+    assert ready.steps == [*range(1, second + 1)]
     result = ready.run()
     assert result.code == 0, result.out + result.err
-    assert logged(ready) == [*range(1, STEPS + 1)]
+    assert ready.steps == [*range(1, STEPS + 1)]
     assert f"step={STEPS}/{STEPS} epoch=6/6" in result.out
     names = {path.name for path in ready.model.glob("*.safetensors")}
     assert names == {"shape.safetensors", *(f"shape-{epoch:06d}.safetensors" for epoch in range(1, 6))}
@@ -106,7 +76,7 @@ def test_a_killed_trainer_leaves_the_newest_state_with_its_lora(ready: Job) -> N
     assert ready.failure is not None
     assert ready.failure.startswith("The trainer was killed")
     assert processes(ready) == ""
-    folder = state(ready)
+    folder = ready.newest_state
     step = json.loads((folder / "state.json").read_text())["step"]
     lora = verify_lora(folder / "shape.safetensors", expected("sd15", {"network_module": "networks.lora"}))
     assert lora.rank == 4
@@ -114,19 +84,19 @@ def test_a_killed_trainer_leaves_the_newest_state_with_its_lora(ready: Job) -> N
     result = ready.run()
     assert result.code == 0, result.out + result.err
     assert f"fetch: going on after step {step} from {folder}" in result.out
-    assert logged(ready) == [*range(1, STEPS + 1)]
+    assert ready.steps == [*range(1, STEPS + 1)]
 
 
 def test_several_devices_stop_together_and_go_on(two_devices: Job) -> None:
     """Each writes its own random numbers into the state, and only the first one anything else."""
     precision = "--mixed_precision=no"  # gloo's processes on a CPU do not mix
     first = stop(two_devices, 1, precision)
-    names = {path.name for path in state(two_devices).iterdir()}
+    names = {path.name for path in two_devices.newest_state.iterdir()}
     assert {"random_states_0.pkl", "random_states_1.pkl", "model.safetensors"} <= names
-    assert logged(two_devices) == [*range(1, first + 1)]
+    assert two_devices.steps == [*range(1, first + 1)]
     result = two_devices.run(precision)
     assert result.code == 0, result.out + result.err
-    assert logged(two_devices) == [*range(1, 13)]
+    assert two_devices.steps == [*range(1, 13)]
     assert processes(two_devices) == ""
 
 

@@ -7,20 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from entrypoint import inputs
 from kohya import config, dataset_config
 from kohya.format import formatted
+from tests.unit.test_property_header import quick as of_headers
 
-quick = settings(
-    max_examples=50,
-    deadline=20_000,  # ms: a hang is a failure
-    derandomize=True,  # the same on every machine
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+quick = settings(of_headers, max_examples=50)
 PIECES = st.sampled_from(
     [
         "a", "seed", "image_dir", "1", "0x", "1e9", "true", ".", " . ", "=", " = ", ",", "[", "]", "[[",
