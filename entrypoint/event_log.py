@@ -23,11 +23,14 @@ class Before:
 
 
 class EventLog:
-    """The event log that the trainer is writing below `source`, added to one below `folder`."""
+    """The event log that the trainer is writing below `source`, added to one below `folder`.
 
-    def __init__(self, source: Path, folder: Path, before: Before | None) -> None:
+    `name`: of one that begins here; without it, that of the trainer's file, which no other run has.
+    """
+
+    def __init__(self, source: Path, folder: Path, before: Before | None, name: str | None = None) -> None:
         self._source, self._folder = source, folder
-        self.name = before.name if before else None  # below `folder`; None while nothing is logged
+        self.name = before.name if before else name  # below `folder`; None while it is not known
         self._read = 0  # bytes of the trainer's file
         self._before = 0  # bytes that were logged before a break
         if before is not None:

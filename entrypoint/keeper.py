@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from entrypoint import contract
 from entrypoint.checkpoint import Lora
 from entrypoint.console import say, warn
 from entrypoint.event_log import EventLog
@@ -40,7 +41,13 @@ class Keeper:
         self._flat, self._output = plan.request.flat, plan.request.output
         self._logs = _elsewhere(plan.request.logs, job.tree.tensorboard)
         self._checkpoints = _elsewhere(plan.request.checkpoints, job.tree.checkpoints)
-        self._log = EventLog(prepared.logs, job.tree.tensorboard, taken.before if taken else None)
+        name = contract.job_name()  # an attempt that left no state is written over by the next one
+        self._log = EventLog(
+            prepared.logs,
+            job.tree.tensorboard,
+            taken.before if taken else None,
+            f"{name}/events.out.tfevents.{name}" if name else None,
+        )
         self._shelf = Shelf(job.tree.checkpoints, plan.run, taken)
         self._scratch = job.work / "kept"
         self._scratch.mkdir()

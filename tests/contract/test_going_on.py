@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,25 @@ def test_a_job_goes_on_on_another_machine(
     for key in manifests:
         body = s3.client().get_object(Bucket=bucket.bucket, Key=f"states/{key}")["Body"].read()
         assert json.loads(body)["finished"]
+
+
+def test_a_job_that_is_killed_before_its_first_state_begins_its_event_log_anew(ready: Job) -> None:
+    """On SageMaker, where each attempt of a job has its name."""
+    ready.environment["TRAINING_JOB_NAME"] = "squares-1"
+    ready.prefix = ("setsid",)
+
+    def kill_once_it_is_logged(process: "subprocess.Popen[str]") -> None:
+        while not ready.events and process.poll() is None:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+
+    killed = ready.run_and("step=1/", kill_once_it_is_logged, "--state_every_minutes=60")
+    assert killed.code == -signal.SIGKILL
+    assert not ready.states
+    result = ready.run()
+    assert result.code == 0, result.out + result.err
+    assert "going on" not in result.out
+    assert ready.steps == list(range(1, STEPS + 1))
 
 
 def test_a_broken_state_is_passed_over_and_another_runs_is_refused(ready: Job) -> None:

@@ -99,7 +99,7 @@ class Reference:
 def make_job(world: World, trainer: str, name: str) -> Job:
     """A job by channels, with its LoRAs published to a folder of its own."""
     job = Job(world.folder / name)
-    job.environment |= {**world.s3.environment, "PYTHONPATH": str(NARROW)}
+    job.environment |= {**world.s3.environment, "PYTHONPATH": str(NARROW), "TRAINING_JOB_NAME": name}
     job.mount("model", world.model)
     job.mount("dataset", world.pictures)
     workers = {} if trainer == "builtin" else {"max_data_loader_n_workers": "0"}
