@@ -35,7 +35,7 @@ SD_SCRIPTS_COMMIT = $(shell awk -F '"' '/^COMMIT = / {print $$2}' kohya/sd_scrip
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo image image-cpu run shell push size lock full-size checks sd-scripts options test mutate soak test-image test-sd-scripts test-gpu lint format clean
+.PHONY: help env demo image image-cpu run shell push size lock full-size checks sd-scripts options readme test mutate soak test-image test-sd-scripts test-gpu lint format clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -120,6 +120,9 @@ options: $(READY) ## Write kohya/options.json and tests/data from the pinned sd-
 	"$$1" -m kohya.options "$$2" >$(VENV)/options.json; mv $(VENV)/options.json kohya/options.json; \
 	"$$1" -m tests.shapes "$$2" tests/data >/dev/null; \
 	"$$1" -m tests.buckets "$$2" 1 24 | tail -n 1 >$(VENV)/facts.json; mv $(VENV)/facts.json tests/data/sd_scripts_facts.json
+
+readme: $(READY) ## Write into README.md what is made from the code
+	$(VENV)/bin/python -m tests.readme
 
 mutate: $(READY) ## Delete each rule in turn, and show that a test notices [ONLY=kohya/rules.py]
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.mutate_rules $(ONLY)

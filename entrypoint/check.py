@@ -19,9 +19,10 @@ from entrypoint.dataset import DataSet
 from entrypoint.failures import Problem, Unfit, collecting
 from entrypoint.files import File, Single
 from entrypoint.gpu import Compat, Gpu, compatibility, find_gpu
+from entrypoint.hyperparameters import Trainer
 from entrypoint.inputs import Extras
 from entrypoint.model import ModelFile
-from entrypoint.request import ESD_TAGGER, Captioning, JobRequest, Location, Source, Trainer
+from entrypoint.request import ESD_TAGGER, Captioning, JobRequest, Location, Source
 from entrypoint.states import State
 from entrypoint.storage import RemoteObject, S3Uri, Storage
 from kohya import config, rules, sd_scripts, tokenizers

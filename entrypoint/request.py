@@ -20,12 +20,20 @@ from pydantic import BaseModel, Field, ValidationError
 from entrypoint import console
 from entrypoint.contract import CHANNELS, Channel, Tree
 from entrypoint.failures import Problem, Unfit, collecting
+from entrypoint.hyperparameters import (
+    CHARACTER_THRESHOLD,
+    GENERAL_THRESHOLD,
+    HYPERPARAMETERS,
+    PIXELS,
+    STALL_MINUTES,
+    STATE_EVERY_MINUTES,
+    TRAINERS,
+    Trainer,
+)
 from entrypoint.storage import S3Uri
 from kohya import config
 from kohya.config import Kind, Setting
 
-Trainer = Literal["sd-scripts", "builtin"]
-TRAINERS: tuple[Trainer, ...] = ("sd-scripts", "builtin")
 Location = S3Uri | Path
 _Choice = TypeVar("_Choice", bound=str)
 
@@ -35,12 +43,7 @@ _REQUIRED = ("model", "dataset")
 _OUTPUTS = ("output_uri", "logs_uri", "checkpoint_uri")
 _URIS = (*(f"{channel}_uri" for channel in CHANNELS), *_OUTPUTS)
 _THRESHOLDS = {"caption_general_threshold": "general", "caption_character_threshold": "character"}
-_RESIZE = (64, 4096)  # pixels: the latents of less are no picture, and no LoRA is trained on more
 _OPTIONS = frozenset({*config.options(), *config.ALIASES})
-_JOB = (
-    "kind", "trainer", "allow_missing_captions", "caption", *_THRESHOLDS, "resize", "resize_crop",
-    "state_every_minutes", "stall_minutes", "s3_location", *_URIS,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Captioning:
-    """Who asked for captions, and the confidence (0 to 1) from which a tag becomes part of one.
-
-    The defaults are those of SmilingWolf's own pages for general tags and for characters.
-    """
+    """Who asked for captions, and the confidence (0 to 1) from which a tag becomes part of one."""
 
     where: str
-    general: float = 0.35
-    character: float = 0.85
+    general: float = GENERAL_THRESHOLD
+    character: float = CHARACTER_THRESHOLD
     note: str = ""  # on how it was understood
 
 
@@ -124,11 +124,13 @@ def resolve(arguments: Sequence[str], tree: Tree, storage: Reader) -> JobRequest
         *(Setting(name, value, f"flag --{name}", as_text=True) for name, value in flags.items()),
     ]
     console.hide(str(setting.value) for setting in named if setting.name in console.SECRET_OPTIONS)
-    asked = {setting.name: setting for setting in named if setting.name in _JOB and setting.value != ""}
+    asked = {
+        setting.name: setting for setting in named if setting.name in HYPERPARAMETERS and setting.value != ""
+    }
     problems += _unknown(named)
 
     kind = _choice(asked["kind"], config.KINDS, config.KINDS[0], problems) if "kind" in asked else None
-    trainer = _choice(asked.get("trainer"), TRAINERS, "sd-scripts", problems)
+    trainer = _choice(asked.get("trainer"), TRAINERS, TRAINERS[0], problems)
     allow_missing = _choice(asked.get("allow_missing_captions"), ("true", "false"), "false", problems)
     places = None
     tagger = _source("tagger", asked, channels, problems)
@@ -146,8 +148,8 @@ def resolve(arguments: Sequence[str], tree: Tree, storage: Reader) -> JobRequest
         for origin in ("hyperparameter", "flag")
     )
     resize, resize_crop = _pixels(asked.get("resize"), problems), _crop(asked, problems)
-    minutes = _minutes(asked.get("state_every_minutes"), 5, problems)
-    stall = _minutes(asked.get("stall_minutes"), 30, problems)
+    minutes = _minutes(asked.get("state_every_minutes"), STATE_EVERY_MINUTES, problems)
+    stall = _minutes(asked.get("stall_minutes"), STALL_MINUTES, problems)
     if places is None:  # and nobody looks any further
         raise Unfit([*problems, *config.merge(kind or "sdxl", layers).problems])
     return JobRequest(
@@ -386,7 +388,7 @@ def _flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[Problem]]:
 
 def _unknown(named: Sequence[Setting]) -> list[Problem]:
     """Names that are neither the job's own nor sd-scripts'."""
-    known = {*_JOB, *_OPTIONS}
+    known = {*HYPERPARAMETERS, *_OPTIONS}
     return [
         Problem(
             setting.where,
@@ -460,10 +462,10 @@ def _threshold(setting: Setting, problems: list[Problem]) -> float | None:
 
 
 def _pixels(setting: Setting | None, problems: list[Problem]) -> int | None:
-    """The pixels that a setting gives, in the range of _RESIZE."""
+    """The pixels that a setting gives, in the range of PIXELS."""
     if setting is None:
         return None
-    text, (least, most) = str(setting.value).strip(), _RESIZE
+    text, (least, most) = str(setting.value).strip(), PIXELS
     if re.fullmatch("[0-9]{1,4}", text) and least <= int(text) <= most:
         return int(text)
     wrong = f"{text[:80]!r} is no whole number of pixels from {least} to {most}"

@@ -7,6 +7,7 @@ import pytest
 from entrypoint import console
 from entrypoint.contract import Tree
 from entrypoint.failures import Problem, StorageError, Unfit
+from entrypoint.hyperparameters import HYPERPARAMETERS
 from entrypoint.request import Captioning, JobRequest, resolve
 from entrypoint.storage import S3Uri
 
@@ -56,6 +57,21 @@ def wrong(tree: Path, *flags: str, objects: Objects | None = None, **hyperparame
 
 def changed(**params: object) -> dict[str, Any]:
     return {**PARAMETERS, "params": {**PARAMETERS["params"], **params}}
+
+
+def test_the_defaults_are_those_that_the_table_tells(tmp_path: Path) -> None:
+    asked = ask(tmp_path, "--model_uri=m", "--dataset_uri=d", "--caption=wd14")
+    told = {name: one.default for name, one in HYPERPARAMETERS.items() if one.default is not None}
+    assert asked.caption is not None
+    assert told == {
+        "trainer": asked.trainer,
+        "allow_missing_captions": str(asked.allow_missing_captions).lower(),
+        "caption_general_threshold": asked.caption.general,
+        "caption_character_threshold": asked.caption.character,
+        "resize_crop": str(asked.resize_crop).lower(),
+        "state_every_minutes": asked.state_every_minutes,
+        "stall_minutes": asked.stall_minutes,
+    }
 
 
 def test_channels(tmp_path: Path) -> None:
