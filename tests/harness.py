@@ -130,10 +130,16 @@ class Job:
         return sorted((self.tree / "output" / "tensorboard").rglob("events.out.tfevents.*"))
 
     @property
+    def logged(self) -> list[tuple[int, float]]:
+        """The steps in its one event log, and when each was logged, in seconds of the epoch."""
+        (log,) = self.events
+        scalars = EventAccumulator(str(log)).Reload().Scalars("loss/current")
+        return [(event.step, event.wall_time) for event in scalars]
+
+    @property
     def steps(self) -> list[int]:
         """The steps in its one event log."""
-        (log,) = self.events
-        return [event.step for event in EventAccumulator(str(log)).Reload().Scalars("loss/current")]
+        return [step for step, _ in self.logged]
 
     @property
     def states(self) -> dict[Path, int]:

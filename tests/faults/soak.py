@@ -66,7 +66,7 @@ class Figures:
 
     failed: dict[int, str] = field(default_factory=dict)  # seed → why
     stops: list[float] = field(default_factory=list)  # seconds from SIGTERM to the end of the process
-    lost: list[float] = field(default_factory=list)  # seconds of training that a SIGKILL cost
+    lost: list[float] = field(default_factory=list)  # seconds from the first step that is in no state to a SIGKILL
     kills: int = 0
     faults: int = 0
     ends: dict[str, int] = field(default_factory=dict)  # how jobs on a small disk ended
@@ -93,7 +93,6 @@ class Reference:
 
     loras: Mapping[str, bytes]
     seconds: float
-    step_seconds: float
 
 
 def make_job(world: World, trainer: str, name: str) -> Job:
@@ -128,7 +127,7 @@ def killed(world: World, trainer: str, seed: int, reference: Reference, figures:
     try:
         for _ in range(drawn.randint(1, 3)):
             how = drawn.choice((signal.SIGTERM, signal.SIGKILL))
-            result = broken_off(job, how, drawn.uniform(0, reference.seconds), figures)
+            result, when = broken_off(job, how, drawn.uniform(0, reference.seconds), figures)
             if result.code == 0:
                 break
             if result.code not in (143, -how):
@@ -137,8 +136,8 @@ def killed(world: World, trainer: str, seed: int, reference: Reference, figures:
             made, kept = last_step(result), max(job.states.values(), default=0)
             if how == signal.SIGTERM and made > kept:
                 raise Failed(f"stopped after step {made}, and the newest state is of step {kept}")
-            if how == signal.SIGKILL:
-                figures.lost.append(max(0, made - kept) * reference.step_seconds)
+            if how == signal.SIGKILL and job.events:
+                figures.lost.append(when - next((at for step, at in job.logged if step > kept), when))
             if drawn.random() < 0.5:  # a new machine
                 for name in ("model", "output"):
                     shutil.rmtree(job.tree / name, ignore_errors=True)
@@ -148,12 +147,15 @@ def killed(world: World, trainer: str, seed: int, reference: Reference, figures:
         shutil.rmtree(job.tree.parent, ignore_errors=True)
 
 
-def broken_off(job: Job, how: signal.Signals, after: float, figures: Figures) -> Result:
-    """Run, send a signal after some seconds, SIGKILL to all of its processes, and wait for the end."""
+def broken_off(job: Job, how: signal.Signals, after: float, figures: Figures) -> tuple[Result, float]:
+    """Run, send a signal after some seconds, SIGKILL to all of its processes, and wait for the end.
+
+    Returns when it was sent as well, in seconds of the epoch.
+    """
     process, sent = job.start(), []
 
     def send() -> None:
-        sent.append(time.monotonic())
+        sent.append(time.time())
         if how == signal.SIGKILL:
             os.killpg(process.pid, how)
         else:
@@ -164,8 +166,8 @@ def broken_off(job: Job, how: signal.Signals, after: float, figures: Figures) ->
     out, err = process.communicate(timeout=600)
     timer.cancel()
     if process.returncode == 143:
-        figures.stops.append(time.monotonic() - sent[0])
-    return Result(process.returncode, out, err)
+        figures.stops.append(time.time() - sent[0])
+    return Result(process.returncode, out, err), sent[0] if sent else time.time()
 
 
 def last_step(result: Result) -> int:
@@ -246,7 +248,7 @@ def reference_of(world: World, trainer: str) -> Reference:
         try:
             if result.code != 0:
                 raise SystemExit(f"the job of {trainer} does not run as it is:\n{result.out}{result.err}")
-            return Reference(job.loras, seconds, job.record["seconds"]["train"] / STEPS)
+            return Reference(job.loras, seconds)
         finally:
             job.end()
 
@@ -280,8 +282,8 @@ def soak(world: World, part: str, trainer: str, seeds: Sequence[int], reference:
             f"SIGTERM to exit: median {statistics.median(ordered):.1f} s, p99 {p99:.1f} s, of {len(ordered)}"
         )
     if figures.lost:
-        most = f"{max(figures.lost):.1f} s of training, states every {STATE_SECONDS:g} s"
-        told.append(f"lost to SIGKILL at most {most}")
+        lost = f"median {statistics.median(figures.lost):.1f} s, at most {max(figures.lost):.1f} s"
+        told.append(f"lost to SIGKILL: {lost} of training, with a state every {STATE_SECONDS:g} s")
     if figures.faults:
         told.append(f"{figures.faults} answers spoiled")
     told += [f"{count} with {end}" for end, count in sorted(figures.ends.items())]
