@@ -291,6 +291,7 @@ def _next(asked: argparse.Namespace, proof: "Proof", seconds: float) -> None:
     print(f"""
 Done in {seconds:.0f} s. What came out is in {out}:
   LoRA {out / settings.NAME}.safetensors, loss curve {out / "loss.png"}, job {out / "opt-ml/model"}
+  Report, in a browser: {out / "opt-ml/output/data/report.html"}
   TensorBoard:          {board} --logdir {out / "opt-ml/output/tensorboard"}
   With your own things: make demo KIND={asked.kind} MODEL=model.safetensors DATASET=folder""")
 

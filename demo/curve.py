@@ -10,6 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 mpl.use("Agg")  # no display is asked for
 from matplotlib import pyplot as plt
 
+from entrypoint.report.curves import smoothed
+
 TAG = "loss/current"  # the step's own loss; sd-scripts v0.10.1 also writes loss/average
 _SMOOTHING = 0.9
 
@@ -22,22 +24,15 @@ def draw(event_logs: Path, picture: Path, title: str) -> int:
     steps, losses = _read(event_logs)
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
-    axes.plot(steps, smoothed(losses), color="tab:blue", linewidth=2, label=f"smoothed ({_SMOOTHING})")
+    axes.plot(
+        steps, smoothed(losses, _SMOOTHING), color="tab:blue", linewidth=2, label=f"smoothed ({_SMOOTHING})"
+    )
     axes.set(title=title, xlabel="step", ylabel="loss", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(picture)
     plt.close(figure)
     return len(steps)
-
-
-def smoothed(values: list[float], weight: float = _SMOOTHING) -> list[float]:
-    """The exponential moving average that TensorBoard draws: without the pull of a start at 0."""
-    average, result = 0.0, []
-    for count, value in enumerate(values, 1):
-        average = weight * average + (1 - weight) * value
-        result.append(average / (1 - weight**count))
-    return result
 
 
 def _read(event_logs: Path) -> tuple[list[int], list[float]]:

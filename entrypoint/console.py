@@ -18,6 +18,7 @@ _PRESIGNED = re.compile(
 )
 _SHORTEST = 8  # characters: a shorter one would be found in words that are no secret
 _secrets: set[str] = set()
+_warned: dict[str, None] = {}
 
 
 def hide(secrets: Iterable[str]) -> None:
@@ -48,7 +49,13 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """One line to stderr that a reader should act on."""
+    _warned[redact(text)] = None
     print(redact(f"WARNING: {text}"), file=sys.stderr, flush=True)
+
+
+def warned() -> list[str]:
+    """Every warning until now, each once."""
+    return [*_warned]
 
 
 def fail(text: str) -> None:

@@ -285,7 +285,7 @@ def _prompts(setting: Setting, folder: Location | None, storage: Storage) -> tup
     where, text = _text_beside(setting, folder, (".txt", ".json", ".toml"), storage)
     name = PurePosixPath(str(setting.value)).name
     try:
-        found = _read_prompts(name, text)
+        found = read_prompts(name, text)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         wrong = f"it holds no sample prompts ({type(error).__name__}: {error})"
         raise Unfit([Problem(where, wrong, "Write a text file with one prompt a line")]) from error
@@ -297,8 +297,8 @@ def _prompts(setting: Setting, folder: Location | None, storage: Storage) -> tup
     return name, text
 
 
-def _read_prompts(name: str, text: str) -> list[Any]:
-    """The prompts as sd-scripts reads them (train_util.py:6410-6436 of v0.10.1)."""
+def read_prompts(name: str, text: str) -> list[Any]:
+    """The prompts as sd-scripts reads them (train_util.py:6410-6436 of v0.10.1). Raises various errors."""
     if name.endswith(".txt"):
         return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     if name.endswith(".json"):

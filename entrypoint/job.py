@@ -12,7 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from entrypoint import captions, dataset, mending, outbox, pictures, publish, resize, states, stops, trainer
+from entrypoint import (
+    captions,
+    dataset,
+    mending,
+    outbox,
+    pictures,
+    publish,
+    report,
+    resize,
+    states,
+    stops,
+    trainer,
+)
 from entrypoint import model as base_model
 from entrypoint.check import Plan, check, processes
 from entrypoint.checkpoint import Lora, verify_lora
@@ -269,6 +281,8 @@ def finish(job: Job, error: BaseException | None, keeper: Keeper | None, sent: O
         publish.record(job, exit_code, cause, sent)
     except Exception as fault:
         warn(f"job.json could not be published: {fault}")
+    ending = report.Ending.of(exit_code, cause, error)
+    report.publish(job, ending, keeper.event_log if keeper else None, sent)
     _tell(job, error, cause)
     return exit_code
 

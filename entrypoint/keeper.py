@@ -108,6 +108,11 @@ class Keeper:
         yield from self._states_due()
         yield from self.log()
 
+    @property
+    def event_log(self) -> Path:
+        """Where the event log is, with what was logged before a break. There may be nothing yet."""
+        return self._log.file
+
     def log(self) -> Iterator[Batch]:
         """The event log."""
         if self._logs is None or not self._log.file.is_file():

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -14,6 +14,19 @@ from kohya.metrics import Start, Step
 NAN_STEPS = 10  # in a row, after which nothing good can come
 SILENCE_SECONDS = 60.0  # after which a line says what is waited for; then after twice as long, and so on
 SECONDS_BETWEEN_LINES = 1.0  # a fast trainer makes more steps than anyone reads, and CloudWatch bills lines
+
+# What SageMaker reads in the metric lines (MetricDefinitions of CreateTrainingJob); the first group is the
+# number. A loss that is not a number gives no point, for CloudWatch takes none (MetricDatum, "Value").
+_SO_FAR = r"step=\d+/\d+ epoch=\d+/\d+ loss=\S+"  # of a metric line, and of no other
+METRIC_DEFINITIONS: tuple[Mapping[str, str], ...] = (
+    {"Name": "train:step", "Regex": r"step=(\d+)/\d+ epoch=\d+/\d+ loss="},
+    {"Name": "train:epoch", "Regex": r"step=\d+/\d+ epoch=(\d+)/\d+ loss="},
+    {"Name": "train:loss", "Regex": r"step=\d+/\d+ epoch=\d+/\d+ loss=(\d+\.\d+)"},
+    {"Name": "train:avg_loss", "Regex": rf"{_SO_FAR} avg_loss=(\d+\.\d+)"},
+    {"Name": "train:lr", "Regex": rf"{_SO_FAR} avg_loss=\S+ lr=(\d\.\de[-+]\d+)"},
+    {"Name": "train:images_per_s", "Regex": rf"{_SO_FAR} avg_loss=\S+ lr=\S+ images_per_s=(\d+\.\d+)"},
+    {"Name": "train:eta_s", "Regex": rf"{_SO_FAR} avg_loss=\S+ lr=\S+ images_per_s=\S+ eta_s=(\d+)"},
+)
 
 
 class Progress:

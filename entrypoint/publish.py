@@ -85,7 +85,7 @@ def _noted(faults: list[str]) -> Iterator[None]:
 
 
 def record(job: Job, exit_code: int, cause: str, outbox: Outbox) -> None:
-    """job.json, the last of all, beside the LoRA."""
+    """job.json, beside the LoRA, when all results are there."""
     file = job.work / "job.json"
     told = json.dumps(job.as_json(exit_code, cause), indent=2, ensure_ascii=False)
     file.write_text(redact(told) + "\n", encoding="utf-8", errors="backslashreplace")

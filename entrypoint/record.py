@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ class Job:
     captions: dict[str, Path] = field(default_factory=dict)  # written until now, by path below the data set
     prepared: Prepared | None = None
     loras: Sequence[Lora] = ()
+    broke: str | None = None  # the stage that ended in an error, the first one of them
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -89,11 +91,21 @@ class Job:
         begun = time.monotonic()
         try:
             yield
+        except BaseException:
+            self.broke = self.broke or name
+            raise
         finally:
             ended = time.monotonic()
             self.seconds[name] = round(ended - begun, 2)
             if (stopped := stops.since()) is not None:
                 self.stop_seconds[name] = round(ended - max(begun, stopped), 2)
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """Of Python, of this project, and of the trainer's libraries."""
+        scripts = self.plan.sd_scripts if self.plan else None
+        found = scripts.versions(_LIBRARIES) if scripts else _versions()
+        return {"python": platform.python_version(), "sagemaker-kohya": __version__, **found}
 
     def as_json(self, exit_code: int, cause: str) -> dict[str, Any]:
         """The content of job.json: what came of what, with what, and how long each stage took."""
@@ -123,9 +135,7 @@ class Job:
         told["seconds"] = self.seconds
         if self.stop_seconds:
             told["stop_seconds"] = self.stop_seconds
-        scripts = self.plan.sd_scripts if self.plan else None
-        found = scripts.versions(_LIBRARIES) if scripts else _versions()
-        told["versions"] = {"python": platform.python_version(), "sagemaker-kohya": __version__, **found}
+        told["versions"] = self.versions
         return told
 
 

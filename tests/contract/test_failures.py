@@ -271,7 +271,8 @@ def test_secrets_do_not_reach_log_record_or_failure(ready: Job) -> None:
     )
     result = ready.run("--seed=hf_verysecret")
     assert result.code == 2
-    everything = result.out + result.err + (ready.failure or "") + (ready.model / "job.json").read_text()
+    written = [ready.model / "job.json", ready.tree / "output" / "data" / "report.html"]
+    everything = result.out + result.err + (ready.failure or "") + "".join(map(Path.read_text, written))
     assert "seed" in everything
     assert "verysecret" not in everything
 

@@ -187,6 +187,7 @@ def test_uris_as_flags(
     assert_completed(result, job, kind)
     assert keys(s3, bucket / "out") == [
         "job.json",
+        "report.html",
         "shape-000001.safetensors",
         "shape.safetensors",
         "shape.toml",

@@ -69,7 +69,7 @@ def test_uris(
     assert_completed(result, s3_job, kind)
     assert_quiet(result)
     loras = ["shape-000001.safetensors", "shape.safetensors"]
-    assert keys(s3, bucket / "out") == ["job.json", *loras, "shape.toml"]
+    assert keys(s3, bucket / "out") == ["job.json", "report.html", *loras, "shape.toml"]
     assert len(keys(s3, bucket / "logs")) == 1
 
 

@@ -143,6 +143,7 @@ def test_vae_reg_weights_and_sample_prompts(
         names = sorted(path.name for path in (folder / "sample").iterdir())
         assert len(names) == 2
         assert names[0].startswith("shape_e000001_00_")
+        assert ">epoch 1</th>" in (folder / "report.html").read_text()
     inputs = {Path(item["path"]).name for item in ready.record["inputs"]}
     assert {"other-vae.safetensors", "given.safetensors", "merged.safetensors"} < inputs
     assert ready.record["reg"] == {"pictures": 4, "with_repeats": 4}

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from entrypoint.progress import Progress
+from entrypoint.progress import METRIC_DEFINITIONS, Progress
 from kohya.metrics import Start, Step
 
 LINE = re.compile(
@@ -100,3 +100,42 @@ def test_a_long_silence_says_what_is_waited_for(capsys: pytest.CaptureFixture[st
         "caching latents.",
         "train: nothing from the trainer for 60 s, waiting for step 5; its last line was: caching latents.",
     ]
+
+
+# What sd-scripts v0.10.1 prints, and the job beside it.
+OTHERS = """\
+steps:  50%|█████     | 4/8 [00:03<00:03,  1.23it/s, avr_loss=0.0971]
+steps: 100%|██████████| 8/8 [00:06<00:00,  1.27it/s, Average key norm=0.12, avr_loss=0.1]
+epoch 1/2
+  num epochs / epoch数: 2
+  total optimization steps / 学習ステップ数: 8
+  gradient accumulation steps / 勾配を合計するステップ数 = 1
+epoch is incremented. current_epoch: 0, epoch: 1
+prepare optimizer, data loader etc.
+text_encoder_lr=5e-05 unet_lr=0.0001 lr=1.0e-04
+saving checkpoint: /tmp/output/shape-000001.safetensors
+model saved. loss=0.1234
+training is done: 8 steps, average loss 0.4377
+check: sd15 base model, 0.04 GB; 4 pictures, 8 an epoch with repeats
+fetch: 4 batches an epoch, 2 epochs, 8 steps
+"""
+
+
+def test_metrics_are_read_from_metric_lines_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names and expressions within the limits of CreateTrainingJob; a number that is none gives no point."""
+    progress = Progress(terminal=False, clock=Clock())
+    progress.take(Start(steps=8, epochs=2, images_per_step=1))
+    progress.take(Step(8, 2, math.nan, math.inf, {"unet": 1e-5}))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "step=8/8 epoch=2/2 loss=nan avg_loss=inf lr=1.0e-05"
+    read = {}
+    for definition in METRIC_DEFINITIONS:
+        name, expression = definition["Name"], definition["Regex"]
+        assert 0 < len(name) <= 255
+        assert 0 < len(expression) <= 500
+        assert re.compile(expression).groups == 1
+        assert not [other for other in OTHERS.splitlines() if re.search(expression, other)]
+        if match := re.search(expression, line):
+            read[name] = float(match[1])
+    assert len(METRIC_DEFINITIONS) <= 40
+    assert read == {"train:step": 8, "train:epoch": 2, "train:lr": 1e-5}

@@ -31,7 +31,7 @@ texts = st.lists(st.tuples(PIECES, st.sampled_from([1, 1, 1, 1, 2, 200, 5_000]))
 
 def prompts(text: str) -> Any:
     try:
-        return inputs._read_prompts("p.toml", text)
+        return inputs.read_prompts("p.toml", text)
     except (ValueError, TypeError, KeyError):  # which inputs._prompts tells
         return None
 
