@@ -160,25 +160,33 @@ def run(arguments: Sequence[str]) -> int:
     own, rest = parser.parse_known_args(arguments)
     with redirect_stdout(sys.stderr):  # where a fetch tells how far it is
         report = look(rest, gpu=own.gpu, pictures=own.pictures)
-    if own.json:
+    show(report, as_json=own.json)
+    return report.exit_code
+
+
+def show(report: Report, *, as_json: bool) -> None:
+    """Print the report: as one JSON object, for a terminal, or in plain lines."""
+    if as_json:
         print(console.redact(json.dumps(report.as_json(), indent=2, ensure_ascii=False)))
     elif sys.stdout.isatty():
         _print_on_terminal(report)
     else:
         print("\n".join(plain(report)))
-    return report.exit_code
 
 
-def look(arguments: Sequence[str], *, gpu: str | None = None, pictures: bool = False) -> Report:
-    """Find out all about a job that is asked for by these flags.
+def look(
+    arguments: Sequence[str], *, gpu: str | None = None, pictures: bool = False, tree: Tree | None = None
+) -> Report:
+    """Find out all about a job that is asked for by these flags, and by what is in `tree`.
 
+    `tree`: None for the one that a job would find here.
     `gpu`: a name of configs/gpu to check for, or none; None: this machine's. Where it has none, the job is
     taken to be for some GPU that has bf16, and nothing is refused for want of a GPU.
     """
     storage, problems = Storage(), list[Problem]()
     meant = _gpu(gpu, problems)
     try:
-        request = resolve(arguments, Tree.from_environment(), storage)
+        request = resolve(arguments, tree or Tree.from_environment(), storage)
     except Unfit as error:
         return Report((*problems, *error.problems), (), None, None)
     found = examine(request, meant, storage, None)

@@ -137,6 +137,7 @@ class Storage:
         *,
         what: str = "upload",
         cancel: threading.Event | None = None,
+        go_on: bool = False,
     ) -> None:
         """Upload each file to its URI, in parallel; S3 checks what it receives against a checksum.
 
@@ -144,9 +145,12 @@ class Storage:
         `cancel` is set, whatever S3 does: then no try is begun any more, and the error names what was not
         sent. A try that runs may still end well, and the next upload to its URI waits for that, so that of
         two uploads the later one stays.
+
+        `go_on`: a large file whose upload was cut off goes on with the parts that S3 has of it. Only for
+        URIs that never get another content.
         """
         progress = Meter(what, sum(path.stat().st_size for path in files if path.is_file()))
-        unsent = Send(self, progress).run(files, cancel or threading.Event())
+        unsent = Send(self, progress, go_on=go_on).run(files, cancel or threading.Event())
         if len(unsent) == 1:
             raise next(iter(unsent.values()))
         if unsent:

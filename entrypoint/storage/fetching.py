@@ -87,6 +87,7 @@ class Fetch:
                     continue
         finally:
             self._patience.stop.set()
+            self._progress.close()
             settle(futures, _STOP_SECONDS)
             self._objects.leave()
             self._parts.leave()

@@ -1,5 +1,6 @@
-"""How far a transfer is, in lines."""
+"""How far a transfer is: in lines, and on a terminal in one that is drawn anew."""
 
+import sys
 import threading
 import time
 from collections.abc import Collection
@@ -8,16 +9,21 @@ from entrypoint import console
 from entrypoint.storage.objects import Fetched
 
 _PROGRESS_SECONDS = 10.0
+_DRAWN_SECONDS = 0.25
+_CLEAR = "\r\x1b[K"
 
 
 class Meter:
-    """How far a transfer is: a line every ten seconds, and one at its end."""
+    """How far a transfer is: a line every ten seconds, and one at its end. A terminal's is drawn anew."""
 
     def __init__(self, what: str, total: int) -> None:
         self._what = what
         self._total = total  # bytes
         self._done = 0
         self._lock = threading.Lock()
+        # In another thread something else may be drawn, such as the trainer's steps.
+        self._draws = sys.stdout.isatty() and threading.current_thread() is threading.main_thread()
+        self._drawn = False
         self._began = self._said = time.monotonic()
 
     def add(self, count: int) -> None:
@@ -33,13 +39,24 @@ class Meter:
     def tick(self) -> None:
         """Say how far it is, if it is time. Called at least once a second."""
         now = time.monotonic()
-        if now - self._said < _PROGRESS_SECONDS - 1:
+        if now - self._said < (_DRAWN_SECONDS if self._draws else _PROGRESS_SECONDS - 1):
             return
         self._said = now
         rate = self._done / (now - self._began)
         left = f"{_duration((self._total - self._done) / rate)} left" if rate > 0 else "waiting for S3"
         done, total = _bytes(self._done, self._total), _bytes(self._total, self._total)
-        console.say(f"{self._what}: {done.split()[0]}/{total}, {rate / 1e6:.0f} MB/s, {left}")
+        told = f"{self._what}: {done.split()[0]}/{total}, {rate / 1e6:.0f} MB/s, {left}"
+        if self._draws:
+            print(f"{_CLEAR}{told}", end="", flush=True)
+            self._drawn = True
+        else:
+            console.say(told)
+
+    def close(self) -> None:
+        """Take away what was drawn: other lines come."""
+        if self._drawn:
+            print(_CLEAR, end="", flush=True)
+            self._drawn = False
 
     def summary(self, count: int, more: str = "") -> str:
         """The line at its end."""

@@ -33,8 +33,9 @@ _CHECKSUM: Final = "CRC64NVME"  # S3 keeps one of the whole object, however many
 class Send:
     """One call of Storage.upload: its threads, and how they are stopped."""
 
-    def __init__(self, storage: "Storage", progress: Meter) -> None:
+    def __init__(self, storage: "Storage", progress: Meter, *, go_on: bool = False) -> None:
         self._storage = storage
+        self._go_on = go_on  # with uploads in parts that were cut off
         self._progress = progress
         self._patience = Patience()
         self._files = Crew(_FILES_AT_ONCE, "send")
@@ -48,6 +49,7 @@ class Send:
                 self._progress.tick()
         finally:
             self._patience.stop.set()
+            self._progress.close()
             settle(sent.values(), 0)
             self._files.leave()
             self._parts.leave()
@@ -97,27 +99,53 @@ class Send:
         def complete(client: "S3Client") -> Mapping[str, Any]:
             return uncut(client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts}), "ETag")
 
-        upload = {**place, "UploadId": self._storage.ask(begin, self._patience)["UploadId"]}
+        begun, there = self._begun(place, size) if self._go_on else (None, {})
+        upload = {**place, "UploadId": begun or self._storage.ask(begin, self._patience)["UploadId"]}
         try:
-            parts = self._all_parts(file, size, upload)
+            parts = self._all_parts(file, size, upload, there)
             self._storage.ask(complete, self._patience)
         except ClientError:
+            if self._go_on:  # the next upload takes up these parts
+                raise
             with suppress(Exception):  # one try: what is incomplete is no object
                 self._storage.client.abort_multipart_upload(**upload)
             raise
 
-    def _all_parts(self, file: int, size: int, upload: Place) -> Sequence[Any]:
-        """Send a file's parts; returns what S3 wants to be told of each."""
+    def _begun(self, place: Place, size: int) -> tuple[str | None, Mapping[int, Any]]:
+        """The newest upload of this object that was cut off, and what S3 tells of its parts, by number."""
+
+        def find(client: "S3Client") -> tuple[str | None, Mapping[int, Any]]:
+            asked = {"Bucket": place["Bucket"], "Prefix": place["Key"]}
+            pages = client.get_paginator("list_multipart_uploads").paginate(**asked)
+            begun = [one for page in pages for one in page.get("Uploads", ()) if one["Key"] == place["Key"]]
+            if not begun:
+                return None, {}
+            upload = {**place, "UploadId": max(begun, key=lambda one: one["Initiated"])["UploadId"]}
+            listed = client.get_paginator("list_parts").paginate(**upload)
+            parts = {one["PartNumber"]: one for page in listed for one in page.get("Parts", ())}
+            return upload["UploadId"], {
+                number: _told(number, one)
+                for number, one in parts.items()
+                if one["Size"] == min(PART, size - (number - 1) * PART)
+            }
+
+        return self._storage.ask(find, self._patience)
+
+    def _all_parts(self, file: int, size: int, upload: Place, there: Mapping[int, Any]) -> Sequence[Any]:
+        """Send a file's parts but those that are `there`; returns what S3 wants to be told of each."""
+        missing = [start for start in range(0, size, PART) if start // PART + 1 not in there]
+        self._progress.expect(sum(min(PART, size - start) for start in missing) - size)
         sent = [
             self._parts.submit(partial(self._part, file, start, min(PART, size - start), upload))
-            for start in range(0, size, PART)
+            for start in missing
         ]
         try:
             for ended in wait(sent, return_when=FIRST_EXCEPTION).done:
                 ended.result()
         finally:
             settle(sent)  # before the file is closed: its number may then be another file's
-        return [part.result() for part in sent]
+        told = [*there.values(), *(part.result() for part in sent)]
+        return sorted(told, key=lambda part: part["PartNumber"])
 
     def _part(self, file: int, start: int, length: int, upload: Place) -> Mapping[str, Any]:
         number, body = start // PART + 1, os.pread(file, length, start)
@@ -128,8 +156,7 @@ class Send:
             self._patience,
         )
         self._progress.add(length)
-        names = ("ETag", f"Checksum{_CHECKSUM}")
-        return {"PartNumber": number, **{name: answer[name] for name in names if name in answer}}
+        return _told(number, answer)
 
     @contextmanager
     def _turn(self, uri: S3Uri) -> Iterator[None]:
@@ -141,6 +168,12 @@ class Send:
             yield
         finally:
             turn.release()
+
+
+def _told(number: int, answer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What S3 wants to be told of a part, from what it said of it."""
+    names = ("ETag", f"Checksum{_CHECKSUM}")
+    return {"PartNumber": number, **{name: answer[name] for name in names if name in answer}}
 
 
 def _reason(sent: "Future[None]", path: Path, uri: S3Uri) -> StorageError | None:

@@ -1,0 +1,168 @@
+"""What SageMaker is asked for: one CreateTrainingJob, made of a job file and nothing else.
+
+Source: CreateTrainingJob in SageMaker's API reference, and botocore's service description of it.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from entrypoint.check import OUTPUT_BYTES, Plan, to_fetch
+from entrypoint.failures import Unfit
+from entrypoint.files import File, size
+from kohya.problem import Problem
+from lora_jobs.aws import Aws
+from lora_jobs.job_file import JobFile, where
+
+if TYPE_CHECKING:
+    from types_boto3_ecr.type_defs import ImageIdentifierTypeDef
+
+TAG = "sagemaker-kohya"  # on every job of this client; its value is the job file's name
+PRICE = "LORA_PRICE_PER_HOUR"  # in the job's environment, for who follows it
+_LEAST_VOLUME_GB = 30  # what the SageMaker SDK asks for
+_ROOM_GB = 20  # for states, latents that are kept, and what SageMaker keeps there itself
+_ECR = re.compile(
+    r"(?P<registry>\d{12})\.dkr\.ecr(?:-fips)?\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(?:\.cn)?"
+    r"/(?P<repository>[a-z0-9._/-]+?)(?::(?P<tag>[\w.-]+))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
+)
+
+
+def training_job(
+    job: JobFile, *, name: str, base: str, image: str, channels: Mapping[str, str], volume_gb: int
+) -> dict[str, Any]:
+    """The arguments of CreateTrainingJob.
+
+    `name`: of this job; `base`: what all attempts at it share, and with it the states. `image`: by digest.
+    `channels`: their S3 URIs.
+    """
+    machine, output = job.sagemaker, job.output
+    hyperparameters = job.hyperparameters
+    if not machine.network_isolation:  # which would keep the job from writing there itself
+        hyperparameters["output_uri"] = loras(job, name)
+    stopping = {"MaxRuntimeInSeconds": round(machine.max_runtime_hours * 3600)}
+    if machine.spot:
+        stopping["MaxWaitTimeInSeconds"] = round(machine.wait_hours * 3600)
+    resources: dict[str, Any] = {
+        "InstanceType": machine.instance,
+        "InstanceCount": 1,
+        "VolumeSizeInGB": machine.volume_gb or volume_gb,
+    }
+    if machine.volume_kms_key:
+        resources["VolumeKmsKeyId"] = machine.volume_kms_key
+    if machine.keep_alive_minutes:
+        resources["KeepAlivePeriodInSeconds"] = machine.keep_alive_minutes * 60
+    request: dict[str, Any] = {
+        "TrainingJobName": name,
+        "RoleArn": machine.role,
+        "AlgorithmSpecification": {
+            "TrainingImage": image,
+            "TrainingInputMode": "File",
+            "MetricDefinitions": [dict(one) for one in _metrics()],
+        },
+        "HyperParameters": hyperparameters,
+        "InputDataConfig": [_channel(channel, uri) for channel, uri in channels.items()],
+        "OutputDataConfig": {"S3OutputPath": output, "CompressionType": "NONE"},
+        "ResourceConfig": resources,
+        "StoppingCondition": stopping,
+        "CheckpointConfig": {"S3Uri": checkpoints_uri(job, base)},
+        "TensorBoardOutputConfig": {"S3OutputPath": f"{output}/tensorboard"},
+        "EnableManagedSpotTraining": machine.spot,
+        "EnableNetworkIsolation": machine.network_isolation,
+        "Tags": [{"Key": key, "Value": value} for key, value in {TAG: job.name, **machine.tags}.items()],
+    }
+    if machine.output_kms_key:
+        request["OutputDataConfig"]["KmsKeyId"] = machine.output_kms_key
+    if machine.subnets:
+        request["VpcConfig"] = {
+            "Subnets": list(machine.subnets),
+            "SecurityGroupIds": list(machine.security_groups),
+        }
+    if machine.price_per_hour:
+        request["Environment"] = {PRICE: f"{machine.price_per_hour:g}"}
+    return request
+
+
+def loras(job: JobFile, name: str) -> str:
+    """Where a job's LoRAs are found: where it sends each as it is finished, or where SageMaker puts all."""
+    return f"{job.output}/{name}/{'output/model' if job.sagemaker.network_isolation else 'lora'}"
+
+
+def checkpoints_uri(job: JobFile, base: str) -> str:
+    """Where the states of all attempts at a job are kept."""
+    return f"{job.output}/checkpoints/{base}"
+
+
+def base_name(job: JobFile, *, image: str, channels: Mapping[str, str]) -> str:
+    """The job's name: that of the job file, and 8 hex digits of what is learned from what, by which image.
+
+    On which machine, for how long and at which price is no part of it: an attempt on a larger instance goes
+    on from the states of the one that failed. A local input's URI holds the digest of its content.
+    """
+    asked = [job.hyperparameters, dict(channels), image.rpartition("@")[2] or image, job.output]
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    return f"{job.name}-{digest[:8]}"
+
+
+def volume_gb(plan: Plan) -> int:
+    """The GB that a job needs of its volume: its inputs, what it makes of them, and what it leaves.
+
+    An instance with a disk of its own takes that instead, whatever is asked for.
+    """
+    every: list[File] = [plan.model.file, *plan.dataset_files.values(), *plan.reg_files.values()]
+    every += [single.file for found in plan.extras.weights.values() for single in found]
+    every += [plan.tagger.model.file] if plan.tagger else []
+    local = sum(map(size, filter(_is_local, every)))  # the rest is in to_fetch
+    return max(_LEAST_VOLUME_GB, math.ceil((local + to_fetch(plan) + OUTPUT_BYTES) / 1e9) + _ROOM_GB)
+
+
+def image_by_digest(job: JobFile, aws: Aws) -> str:
+    """The job file's image by its digest: a tag may lead elsewhere tomorrow.
+
+    Raises Unfit for an image that is not in ECR, or not in the job's region; ClientError of ECR.
+    """
+    image, found = job.sagemaker.image, _in_ecr(job)
+    if found["region"] != aws.region:
+        wrong = f"the image is in {found['region']}, the job in {aws.region}, and SageMaker wants one region"
+        fix = f'Write region = "{found["region"]}" under [sagemaker], or push the image to {aws.region}'
+        raise Unfit([Problem(where(job.file, "sagemaker.image"), wrong, fix)])
+    if found["digest"]:
+        return image
+    tagged: ImageIdentifierTypeDef = {"imageTag": found["tag"] or "latest"}
+    told = aws.ecr.describe_images(
+        registryId=found["registry"], repositoryName=found["repository"], imageIds=[tagged]
+    )
+    digest = told["imageDetails"][0]["imageDigest"]
+    return f"{image.removesuffix(':' + (found['tag'] or ''))}@{digest}"
+
+
+def ecr_repository(job: JobFile) -> tuple[str, str, str]:
+    """Region, account and name of the repository that the job file's image is in. Raises Unfit."""
+    found = _in_ecr(job)
+    return found["region"], found["registry"], found["repository"]
+
+
+def _in_ecr(job: JobFile) -> re.Match[str]:
+    image = job.sagemaker.image
+    if found := _ECR.fullmatch(image):
+        return found
+    wrong = f"{image!r} is no image in ECR, and SageMaker trains with no other"
+    fix = "Type make image push in a checkout, and write the URI that it prints"
+    raise Unfit([Problem(where(job.file, "sagemaker.image"), wrong, fix)])
+
+
+def _channel(name: str, uri: str) -> dict[str, Any]:
+    source = {"S3DataType": "S3Prefix", "S3Uri": uri, "S3DataDistributionType": "FullyReplicated"}
+    return {"ChannelName": name, "InputMode": "File", "DataSource": {"S3DataSource": source}}
+
+
+def _is_local(file: File) -> bool:
+    return not hasattr(file, "uri")
+
+
+def _metrics() -> tuple[Mapping[str, str], ...]:
+    from entrypoint import progress  # noqa: PLC0415 (draws bars)
+
+    return progress.METRIC_DEFINITIONS

@@ -1,0 +1,149 @@
+"""lora check: one report, in the words of the job file."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from entrypoint.storage import retries
+from lora_jobs.__main__ import main
+from lora_jobs.check import gpu_of, look
+from lora_jobs.job_file import Draft
+from tests.lora_jobs.account import Account, account, job_file, write
+from tests.s3 import free_port
+
+__all__ = ["account", "job_file"]
+
+
+def told(path: Path) -> dict[str, str]:
+    return {one.where: one.wrong for one in look(Draft.read(path)).problems}
+
+
+def test_a_fit_job(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(job_file)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("fit\n")
+    assert "  GPU  NVIDIA A10G\n" in out
+    assert '  resolution = "64,64"  job.toml: [training] resolution\n' in out
+    assert '  output_name = "cat"  job.toml: name\n' in out
+    for word in ("hyperparameter", "--", "channel"):
+        assert word not in out.replace("--pictures", ""), word
+
+
+def test_problems_of_the_file_and_of_the_job_come_together(
+    job_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(job_file, sagemaker='role = "x"', training='lerning_rate = 1\nvae = "a.safetensors"')
+    assert main(["check", str(job_file)]) == 2
+    out = capsys.readouterr().out.split("\n\n")
+    assert out[0] == "unfit: 4 problems"
+    assert out[1].splitlines() == [
+        "problems",
+        "  job.toml: [sagemaker] role: 'x' is no role's ARN. Write it as arn:aws:iam::123456789012:role/NAME",
+        "  job.toml: [training] lerning_rate: there is no such hyperparameter or sd-scripts option."
+        " Did you mean learning_rate?",
+        "  job.toml: [training] vae: vae names a file or folder, and there is no vae."
+        ' Write vae = "…" at the top, or remove it',
+        "  job.toml: [training] vae: builtin does not have this option."
+        " Take it out, or use trainer = sd-scripts",
+    ]
+
+
+def test_an_input_that_is_not_there_is_told_by_its_key(job_file: Path) -> None:
+    write(job_file, base_model="absent.safetensors", dataset="absent")
+    assert list(told(job_file)) == [
+        f"job.toml: base_model: {job_file.parent / 'absent.safetensors'}",
+        f"job.toml: dataset: {job_file.parent / 'absent'}",
+    ]
+
+
+def test_what_is_missing_is_told_once(job_file: Path) -> None:
+    job_file.write_text('dataset = "s3://BUCKET/x"\n[training]\nmax_train_epochs = 0')
+    keys = ["name", "base_model", "dataset", "output", "[sagemaker]", "[training] max_train_epochs"]
+    assert sorted(told(job_file)) == sorted(f"job.toml: {key}" for key in keys)
+
+
+def test_a_toml_of_its_own(job_file: Path) -> None:
+    (job_file.parent / "training.toml").write_text("max_train_epochs = 0\nnetwork_dim = 8")
+    write(job_file, config="training.toml", training="network_dim = 4")
+    assert list(told(job_file)) == [f"{job_file.parent / 'training.toml'} line 1"]
+    report = look(Draft.read(job_file))
+    assert report.found
+    setting = report.found.merged.settings["network_dim"]
+    assert (setting.value, setting.where) == (4, "job.toml: [training] network_dim")
+
+
+def test_json(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(job_file, name="Cat")
+    assert main(["check", str(job_file), "--json"]) == 2
+    report = json.loads(capsys.readouterr().out)
+    assert [problem["where"] for problem in report["problems"]] == ["job.toml: name"]
+    assert report["kind"] == "sd15"
+    assert report["configuration"]["resolution"]["where"] == "job.toml: [training] resolution"
+
+
+def test_pictures_are_read_where_that_is_asked_for(
+    job_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(job_file), "--pictures", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["facts"]["exact"] is True
+
+
+def test_a_folder_that_this_machine_has_plays_no_part(
+    job_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """SAGEMAKER_BASE_DIR is where a job in a checkout finds its channels, which are not this job's."""
+    (tmp_path / "ml" / "input" / "data" / "model").mkdir(parents=True)
+    monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(tmp_path / "ml"))
+    assert not told(job_file)
+
+
+def test_a_bucket_that_is_not_there(account: Account, job_file: Path) -> None:
+    write(job_file, dataset="s3://no-such-bucket-of-mine/pictures")
+    (where, wrong), *more = told(job_file).items()
+    assert (where, more) == ("s3://no-such-bucket-of-mine/pictures", [])
+    assert wrong.startswith("there is no such bucket")
+
+
+def test_storage_that_does_not_answer(
+    job_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{free_port()}",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(retries, "BRIEF", 0.0)
+    write(job_file, dataset="s3://bucket/pictures")
+    assert main(["check", str(job_file)]) == 1
+    assert capsys.readouterr().out.startswith("not known: storage did not answer; 1 problem\n")
+    assert main(["submit", str(job_file)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("instance", "gpu"),
+    [
+        ("ml.g4dn.xlarge", "t4"),
+        ("ml.g5.12xlarge", "a10g"),
+        ("ml.g6.xlarge", "l4"),
+        ("ml.g6e.xlarge", "l40s"),
+        ("ml.p4d.24xlarge", "a100"),
+        ("ml.p4de.24xlarge", "a100"),
+        ("ml.p5.48xlarge", "h100"),
+        ("ml.p3.2xlarge", None),
+        ("ml.m5.large", "none"),
+        ("ml.c6i.xlarge", "none"),
+        ("g5", None),
+    ],
+)
+def test_the_gpu_of_an_instance(tmp_path: Path, instance: str, gpu: str | None) -> None:
+    draft = Draft.read(write(tmp_path / "job.toml", sagemaker=f'instance = "{instance}"'))
+    assert gpu_of(draft) == gpu
+
+
+def test_the_instance_decides_the_precision(job_file: Path) -> None:
+    for instance, precision in (("ml.g4dn.xlarge", "fp16"), ("ml.g5.xlarge", "bf16"), ("ml.m5.large", "no")):
+        report = look(Draft.read(write(job_file, sagemaker=f'instance = "{instance}"')))
+        assert report.found
+        assert report.found.merged.values["mixed_precision"] == precision
