@@ -8,6 +8,7 @@ MODEL ?=
 DATASET ?=
 OUT ?=
 FOLDER ?=
+PORT ?=
 
 IMAGE ?= sagemaker-kohya
 CUDA ?= 13
@@ -35,7 +36,7 @@ SD_SCRIPTS_COMMIT = $(shell awk -F '"' '/^COMMIT = / {print $$2}' kohya/sd_scrip
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo image image-cpu run shell push size lock full-size checks sd-scripts options readme test mutate soak test-image test-sd-scripts test-gpu lint format clean
+.PHONY: help env demo stand-in image image-cpu run shell push size lock full-size checks sd-scripts options readme test mutate soak test-image test-sd-scripts test-gpu lint format clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +54,9 @@ $(READY): pyproject.toml docker/vocabulary.txt
 demo: $(READY) ## Run the main job on this machine: S3 in, LoRA out [KIND TRAINER MODEL DATASET OUT]
 	$(VENV)/bin/python -m demo --kind $(KIND) --trainer $(TRAINER) $(if $(OUT),--out "$(OUT)") \
 		$(if $(MODEL),--model "$(MODEL)") $(if $(DATASET),--dataset "$(DATASET)")
+
+stand-in: $(READY) ## Stand in for AWS on this machine, SageMaker included, until Ctrl-C [PORT FOLDER]
+	@exec $(VENV)/bin/python -m demo.stand_in $(if $(PORT),--port $(PORT)) $(if $(FOLDER),--folder "$(FOLDER)")
 
 # Contexts and secrets are passed where there are any: docker/Dockerfile says what each is for. With attestations
 # an image becomes an index, which SageMaker does not take.

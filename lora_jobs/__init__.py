@@ -1,13 +1,21 @@
 """The client: from a laptop to a SageMaker training job, and back. Nothing in the job imports it.
 
-from lora_jobs import JobFile, submit
+from lora_jobs import JobFile, fetch, submit, watch
 
 submitted = submit(Path("job.toml"))
+for status in watch(submitted.name):
+    print(status.status, status.progress.step)
+fetch(submitted.name, Path("loras"))
 """
 
 from typing import TYPE_CHECKING, Any
 
-from lora_jobs.submit import Submitted, submit  # a module with a function of its name: see below
+from lora_jobs.fetch import Fetched, fetch  # modules with functions of their names: see below
+from lora_jobs.jobs import Line, Progress, Status, jobs
+from lora_jobs.logs import logs
+from lora_jobs.stop import stop
+from lora_jobs.submit import Submitted, submit
+from lora_jobs.watch import watch
 
 if TYPE_CHECKING:
     from lora_jobs.job_file import JobFile as JobFile
@@ -15,7 +23,20 @@ if TYPE_CHECKING:
 # The import system names a module in its package when it is first imported. It is imported above, so from
 # then on `submit` is the function; importlib.import_module still finds the module. What costs time is
 # imported by the functions themselves: `lora --help` is to answer at once.
-__all__ = ["JobFile", "Submitted", "submit"]
+__all__ = [
+    "Fetched",
+    "JobFile",
+    "Line",
+    "Progress",
+    "Status",
+    "Submitted",
+    "fetch",
+    "jobs",
+    "logs",
+    "stop",
+    "submit",
+    "watch",
+]
 
 
 def __getattr__(name: str) -> Any:

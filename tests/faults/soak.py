@@ -66,7 +66,9 @@ class Figures:
 
     failed: dict[int, str] = field(default_factory=dict)  # seed → why
     stops: list[float] = field(default_factory=list)  # seconds from SIGTERM to the end of the process
-    lost: list[float] = field(default_factory=list)  # seconds from the first step that is in no state to a SIGKILL
+    lost: list[float] = field(
+        default_factory=list
+    )  # seconds from the first lost step to a SIGKILL
     kills: int = 0
     faults: int = 0
     ends: dict[str, int] = field(default_factory=dict)  # how jobs on a small disk ended
