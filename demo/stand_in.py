@@ -318,7 +318,8 @@ lora init --trainer builtin --base-model {model} \\
   --dataset {dataset} --output s3://{BUCKET}/loras \\
   --role {ROLE} \\
   --image {IMAGE} photos.toml
-sed -i 's/^resolution = .*/resolution = "128,128"/' photos.toml
+sed -i -e 's/^resolution = .*/resolution = "128,128"/' \\
+  -e 's/^max_train_epochs = .*/max_train_epochs = 2/' photos.toml
 lora submit photos.toml
 lora watch photos.toml
 lora fetch photos.toml

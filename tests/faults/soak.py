@@ -2,10 +2,10 @@
 
     python -m tests.faults.soak [--seed S] [--jobs N] [--only kills|faults|disk] [--trainer NAME]
 
-kills    a job is killed one to three times, by SIGTERM or by SIGKILL of all its processes, at random times
-         of random stages, and started again, half of the time as on a new machine, where nothing is left
-         but /opt/ml/checkpoints; it must end with the LoRAs of the job that nobody broke off (sd-scripts:
-         with the same number of steps), and with each step once in one event log
+kills    a job is killed one to three times, by SIGTERM or by SIGKILL of all its processes, at random
+         steps or while it begins or ends, and started again, half of the time as on a new machine, where
+         nothing is left but /opt/ml/checkpoints; it must end with the LoRAs of the job that nobody broke
+         off (sd-scripts: with the same number of steps), and with each step once in one event log
 faults   a job whose S3 spoils 5 % of its answers must end well
 disk     a job whose disk fills at a random moment must end with a sentence, and damage nothing
 
@@ -66,9 +66,7 @@ class Figures:
 
     failed: dict[int, str] = field(default_factory=dict)  # seed → why
     stops: list[float] = field(default_factory=list)  # seconds from SIGTERM to the end of the process
-    lost: list[float] = field(
-        default_factory=list
-    )  # seconds from the first lost step to a SIGKILL
+    lost: list[float] = field(default_factory=list)  # seconds from the first lost step to a SIGKILL
     kills: int = 0
     faults: int = 0
     ends: dict[str, int] = field(default_factory=dict)  # how jobs on a small disk ended
@@ -129,7 +127,7 @@ def killed(world: World, trainer: str, seed: int, reference: Reference, figures:
     try:
         for _ in range(drawn.randint(1, 3)):
             how = drawn.choice((signal.SIGTERM, signal.SIGKILL))
-            result, when = broken_off(job, how, drawn.uniform(0, reference.seconds), figures)
+            result, when = broken_off(job, how, moment(drawn, job, reference), figures)
             if result.code == 0:
                 break
             if result.code not in (143, -how):
@@ -149,12 +147,25 @@ def killed(world: World, trainer: str, seed: int, reference: Reference, figures:
         shutil.rmtree(job.tree.parent, ignore_errors=True)
 
 
-def broken_off(job: Job, how: signal.Signals, after: float, figures: Figures) -> tuple[Result, float]:
-    """Run, send a signal after some seconds, SIGKILL to all of its processes, and wait for the end.
+def moment(drawn: random.Random, job: Job, reference: Reference) -> tuple[int, float]:
+    """When a job is broken off: once a step is done, 0 for its start, and so many seconds later.
+
+    Not so many seconds from its start alone: on a busy machine that would be before its first step each time.
+    """
+    if drawn.random() < 0.3:
+        return 0, drawn.uniform(0, reference.seconds / 2)
+    done = max(job.states.values(), default=0)
+    return drawn.randint(min(done + 1, STEPS), STEPS), drawn.uniform(0, 1)
+
+
+def broken_off(
+    job: Job, how: signal.Signals, when: tuple[int, float], figures: Figures
+) -> tuple[Result, float]:
+    """Run, send a signal at this moment, SIGKILL to all of its processes, and wait for the end.
 
     Returns when it was sent as well, in seconds of the epoch.
     """
-    process, sent = job.start(), []
+    process, sent, seen = job.start(), list[float](), list[str]()
 
     def send() -> None:
         sent.append(time.time())
@@ -163,13 +174,19 @@ def broken_off(job: Job, how: signal.Signals, after: float, figures: Figures) ->
         else:
             process.send_signal(how)
 
+    step, after = when
+    assert process.stdout is not None
+    while step and (line := process.stdout.readline()):
+        seen.append(line)
+        if (told := re.match(r"step=(\d+)/", line)) and int(told[1]) >= step:
+            break
     timer = threading.Timer(after, send)
     timer.start()
     out, err = process.communicate(timeout=600)
     timer.cancel()
     if process.returncode == 143:
         figures.stops.append(time.time() - sent[0])
-    return Result(process.returncode, out, err), sent[0] if sent else time.time()
+    return Result(process.returncode, "".join(seen) + out, err), sent[0] if sent else time.time()
 
 
 def last_step(result: Result) -> int:
