@@ -134,7 +134,8 @@ def killed(world: World, trainer: str, seed: int, reference: Reference, figures:
                 raise Failed(f"exit code {result.code} after {how.name}: {result.err.strip()[-300:]}")
             figures.kills += 1
             made, kept = last_step(result), max(job.states.values(), default=0)
-            if how == signal.SIGTERM and made > kept:
+            whole = made == STEPS and reference.loras.keys() <= job.loras.keys()  # all of it was made by then
+            if how == signal.SIGTERM and made > kept and not whole:
                 raise Failed(f"stopped after step {made}, and the newest state is of step {kept}")
             if how == signal.SIGKILL and job.events:
                 figures.lost.append(when - next((at for step, at in job.logged if step > kept), when))
