@@ -254,6 +254,8 @@ def _gpu(name: str | None, problems: list[Problem]) -> Gpu | None:
         return find_gpu() or UNNAMED
     if name.lower() == "none":
         return None
+    if name == "unknown":  # of another machine, which is not this one
+        return UNNAMED
     if name.lower() not in NAMED:
         wrong = f"{name!r} is not one of {', '.join(NAMED)}, none"
         problems.append(Problem("flag --gpu", wrong, config.nearest(name.lower(), NAMED)))

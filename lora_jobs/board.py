@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    for number in (signal.SIGTERM, signal.SIGHUP):  # TensorBoard must not outlive a terminal that is closed
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="lora-board-") as temporary:
         folder = Path(temporary)
         runs = [Run(*find(asked, arguments.region), folder) for asked in arguments.job]
@@ -92,11 +94,12 @@ class Run:
                 with path.open("ab") as file:
                     file.write(came[have - start :])
                 return
+        content = self._get(key, 0)
         if path:
             path.unlink()
         self._made += 1
         self.files[key] = self._folder / f"events.out.tfevents.{self._made}"
-        self.files[key].write_bytes(self._get(key, 0))
+        self.files[key].write_bytes(content)
 
     def _get(self, key: str, start: int) -> bytes:
         answer = self._s3.get_object(Bucket=self._bucket, Key=key, Range=f"bytes={start}-")

@@ -59,13 +59,13 @@ def look(draft: Draft, *, pictures: bool = False) -> Report:
 
 
 def gpu_of(draft: Draft) -> str | None:
-    """The name of the GPU of the job file's instance, "none", or None where it is not known."""
+    """The name of the GPU of the job file's instance, "none", or "unknown"; None where none is named."""
     table = draft.values.get("sagemaker")
     instance = str(table.get("instance", "")) if isinstance(table, dict) else ""
     if _WITHOUT_GPU.match(instance):
         return "none"
     family = instance.split(".")[1] if instance.count(".") == 2 else ""
-    return _GPUS.get(family)
+    return _GPUS.get(family, "unknown") if instance else None
 
 
 def _hyperparameters(draft: Draft, unfit: set[str]) -> dict[str, str]:

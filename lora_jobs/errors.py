@@ -86,7 +86,8 @@ _ANSWERS: tuple[tuple[str, str, _Made], ...] = (
     (
         "(?:RepositoryNotFound|ImageNotFound)Exception|ValidationException",
         r"(?i)(?P<said>.*\b(?:image|repository)\b.*(?:not\s(?:exist|found)|cannot find|could not find).*"
-        r"|.*(?:cannot|could not) find image.*)",
+        r"|.*(?:cannot|could not) find (?:the )?(?:requested )?(?:image|repository|tag)\b.*"
+        r"|.*access denied for repository.*)",
         lambda m: Problem(
             "[sagemaker] image",
             f"it is not in ECR. AWS says: {m['said']}",

@@ -1,6 +1,7 @@
 """What is known of a training job: from DescribeTrainingJob, from ListTrainingJobs, and from its log."""
 
 import argparse
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -21,7 +22,7 @@ _OVERTIME = {
     "MaxRuntimeExceeded": ": max_runtime_hours are over",
     "MaxWaitTimeExceeded": ": max_wait_hours are over",
 }
-_OURS = re.compile(r"[a-z0-9][a-z0-9-]*-[0-9a-f]{8}(-\d+)?")
+_OURS = re.compile(r"[a-z0-9][a-z0-9-]*-[0-9a-f]{8}(-\d{1,4})?")
 _STAGE = re.compile(r"(check|fetch|prepare|train|verify|publish): ")
 _STEP = re.compile(r"step=\d+/\d+ ")
 _FIELD = re.compile(r"(\w+)=(\S+)")
@@ -230,7 +231,7 @@ def find(asked: str, region: str | None = None) -> tuple[Aws, str]:
 
     file = JobFile.read(Path(asked))
     aws = Aws(region or file.sagemaker.region)
-    made = re.compile(rf"{re.escape(file.name)}-[0-9a-f]{{8}}(-\d+)?")
+    made = re.compile(rf"{re.escape(file.name)}-[0-9a-f]{{8}}(-\d{{1,4}})?")
     for name in _names(aws, file.name):
         if made.fullmatch(name):
             return aws, name
@@ -271,10 +272,12 @@ def _cause(reason: str | None) -> str | None:
 
 
 def _number(text: str | None) -> float | None:
+    """The number that a text says; None where it says none, or one that JSON has no word for."""
     try:
-        return None if text is None else float(text)
+        number = math.nan if text is None else float(text)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 def _plain(one: Any) -> dict[str, Any]:

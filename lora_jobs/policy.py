@@ -106,12 +106,11 @@ def of_person(job: JobFile, region: str) -> dict[str, Any]:
             [
                 "sagemaker:AddTags",
                 "sagemaker:CreateTrainingJob",
-                "sagemaker:DescribeTrainingJob",
                 "sagemaker:StopTrainingJob",
             ],
             [places.training_jobs],
         ),
-        _allow("ListJobs", ["sagemaker:ListTrainingJobs"], ["*"]),
+        _allow("ListJobs", ["sagemaker:DescribeTrainingJob", "sagemaker:ListTrainingJobs"], ["*"]),
         {
             **_allow("PassTheRole", ["iam:PassRole"], [job.sagemaker.role]),
             "Condition": {"StringEquals": {"iam:PassedToService": _SERVICE}},

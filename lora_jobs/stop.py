@@ -22,8 +22,8 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         again = arguments.job if arguments.job.endswith(".toml") else "JOB.toml"
         print(f"{job} is being stopped: it saves a state and publishes its LoRAs, within two minutes.")
-        print(f"  lora fetch {job}    fetches what there is then")
-        print(f"  lora submit {again}    goes on from its state")
+        print(f"  lora fetch {arguments.job}    fetches what there is then")
+        print(f"  lora submit {again}    goes on from its state, once it has ended")
     return 0
 
 

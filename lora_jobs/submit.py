@@ -167,10 +167,12 @@ def _told(found: Submitted, file: Path) -> "Iterator[str]":
         yield f"{found.name}: started"
     elif found.status == "Completed":
         yield f"{found.name}: completed already; lora submit {file} --again starts another"
+    elif found.status == "Stopping":
+        yield f"{found.name}: is being stopped, and nothing was started; type the same once it has ended"
     else:
         yield f"{found.name}: is going already ({found.status}); nothing was started"
     yield f"LoRAs: {found.output}"
     if found.status == "Completed":
-        yield f"next: lora fetch {found.name}"
-    else:
-        yield f"next: lora watch {found.name}, lora board {found.name}, lora fetch {found.name}"
+        yield f"next: lora fetch {file}"
+    else:  # by the job file, which knows the region
+        yield f"next: lora watch {file}, lora board {file}, lora fetch {file}"

@@ -44,10 +44,10 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             status = _lines(looks)
     except KeyboardInterrupt:
-        warn(f"The job goes on. To see it again, type: lora watch {job}")
+        warn(f"The job goes on. To see it again, type: lora watch {arguments.job}")
         return 130
     if not arguments.json:
-        say(_ended(status))
+        say(_ended(status, arguments.job))
     if status.status == "Failed":
         fail(status.failure or "SageMaker does not say why it failed.")
     return _ENDS[status.status]
@@ -170,9 +170,9 @@ def _steps(progress: Progress) -> str:
     return ", ".join(told)
 
 
-def _ended(status: Status) -> str:
+def _ended(status: Status, asked: str) -> str:
     """The last line but for a failure's cause: how it ended, and what to type."""
     told = f"{status.job}: {status.moment} after {span(status.seconds)}, billable {billable(status)}."
-    return f"{told} Its LoRA and report: lora fetch {status.job}" if status.status == "Completed" else (
-        f"{told} What there is: lora fetch {status.job}"
+    return f"{told} Its LoRA and report: lora fetch {asked}" if status.status == "Completed" else (
+        f"{told} What there is: lora fetch {asked}"
     )  # fmt: skip

@@ -26,6 +26,7 @@ _ROWS = 100  # of any list of problems, warnings or notes
 _LAST_LINES = 20  # of the trainer's, where it failed
 _DRAWING_SECONDS = 20.0  # that must be left after a stop for curves and pictures
 _WRITING_SECONDS = 3.0  # and for a report at all
+_READ_BYTES = 250_000  # of an event log a second, on a busy machine
 
 Rows = list[tuple[str, ...]]
 
@@ -92,7 +93,11 @@ def _drawn(job: Job, event_log: Path | None) -> Drawn:
 
 def draw(job: Job, event_log: Path | None) -> Drawn:
     """Curves and pictures, as far as the job has come."""
-    loss, rates, last = _curves(event_log) if event_log and event_log.is_file() else (None, None, None)
+    loss, rates, last = None, None, None
+    if event_log and event_log.is_file():
+        spare = stops.seconds_left() - thumbnails.LAST_SECONDS
+        if event_log.stat().st_size / _READ_BYTES < spare:
+            loss, rates, last = _curves(event_log)
     samples, more = thumbnails.of_samples(job)
     return Drawn(loss, rates, last, thumbnails.of_data_set(job), samples, more)
 

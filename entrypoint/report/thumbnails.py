@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
+from entrypoint import stops
 from entrypoint.inputs import read_prompts
 from entrypoint.pictures import FORMATS, MEGAPIXELS, THREADS, plain
 from entrypoint.record import Job
@@ -22,6 +23,7 @@ _PICTURE_BYTES, _SAMPLE_BYTES = 900_000, 700_000  # of all that are shown
 _SIDES = (256, 192, 128, 96, 64)  # pixels: the largest that is small enough in bytes is taken
 _QUALITY = 75
 _LONGEST = 1000  # bytes of a caption
+LAST_SECONDS = 10.0  # of the time after a stop: none of them is spent on what can be left out
 
 # train_util.py:6572-6577 of v0.10.1: cat_e000001_00_20260101120000_42.png, and without the e after a step
 _SAMPLE = re.compile(r"(?:.*_)?(e?)(\d{6})_(\d{2,})_\d{14}(?:_-?\d+)?\.png")
@@ -97,12 +99,17 @@ def _text(caption: Path | None) -> str | None:
 
 
 def _data_uris(pictures: Sequence[Path], most: int) -> list[str | None]:
-    """Each picture, at most `most` bytes long; None for one that cannot be read or made so small."""
+    """Each picture, at most `most` bytes long; None for one that cannot be read or made so small.
+
+    None too for those that are left when the time after a stop is nearly up.
+    """
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(lambda path: _data_uri(path, most), pictures))
 
 
 def _data_uri(path: Path, most: int) -> str | None:
+    if stops.seconds_left() < LAST_SECONDS:
+        return None
     with suppress(Exception):  # a damaged file brings forth errors of every kind, and is told elsewhere
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MEGAPIXELS * 1_000_000:

@@ -131,13 +131,13 @@ def test_storage_that_does_not_answer(
         ("ml.p4d.24xlarge", "a100"),
         ("ml.p4de.24xlarge", "a100"),
         ("ml.p5.48xlarge", "h100"),
-        ("ml.p3.2xlarge", None),
+        ("ml.p3.2xlarge", "unknown"),
         ("ml.m5.large", "none"),
         ("ml.c6i.xlarge", "none"),
-        ("g5", None),
+        ("g5", "unknown"),
     ],
 )
-def test_the_gpu_of_an_instance(tmp_path: Path, instance: str, gpu: str | None) -> None:
+def test_the_gpu_of_an_instance(tmp_path: Path, instance: str, gpu: str) -> None:
     draft = Draft.read(write(tmp_path / "job.toml", sagemaker=f'instance = "{instance}"'))
     assert gpu_of(draft) == gpu
 

@@ -36,7 +36,7 @@ def test_a_job(account: Account, job_file: Path, capsys: pytest.CaptureFixture[s
     assert out.splitlines()[-3:] == [
         f"{name}: started",
         f"LoRAs: s3://{BUCKET}/of/mine/{name}/lora",
-        f"next: lora watch {name}, lora board {name}, lora fetch {name}",
+        f"next: lora watch {job_file}, lora board {job_file}, lora fetch {job_file}",
     ]
     assert not err
 

@@ -278,6 +278,19 @@ def test_after_a_stop_there_may_be_little_time(
     assert not [*job.tree.data.glob(".*")]
 
 
+def test_what_can_be_left_out_is_left_out_when_the_time_after_a_stop_is_nearly_up(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where there was enough of it when the report was begun."""
+    left, read = iter([60.0]), list[Path]()
+    monkeypatch.setattr(stops, "seconds_left", lambda: next(left, 9.0))
+    monkeypatch.setattr(report, "_curves", lambda log: read.append(log) or (None, None, None))
+    (tmp_path / "log").write_bytes(b"some")
+    report.publish(job, DONE, tmp_path / "log", Outbox(Storage()))
+    assert "data:image" not in (job.tree.data / "report.html").read_text()
+    assert not read
+
+
 # -- curves -----------------------------------------------------------------------------------------
 
 
