@@ -16,6 +16,7 @@ VARIABLE = "KOHYA_STATE_EVERY_MINUTES"
 FOLDER = "KOHYA_STATES"
 STEP = "train_state.json"  # sd-scripts' name; holds current_step, the optimizer steps that are done
 LOGGED = "event_log.json"  # in a state: {"bytes": n}, how long the event log was when it was saved
+KEPT_SECONDS = 2.0  # until a state that is saved has been kept, by whoever started the trainer
 FLUSH_SECONDS = 10.0  # after which what was logged is on disk
 
 # Options that change how fast a run is, or what is written beside the LoRA, but not what is learned.
@@ -47,16 +48,23 @@ def note_log(state: Path, writer: Any) -> None:
 
 
 class Timer:
-    """Says when the next state is due. Without KOHYA_STATE_EVERY_MINUTES, or at 0, none ever is."""
+    """Says when the next state is due. Without KOHYA_STATE_EVERY_MINUTES, or at 0, none ever is.
+
+    That is sooner than so many minutes after the last one, by what it takes until a state is kept: a run that
+    is killed loses no more than those minutes.
+    """
 
     def __init__(self) -> None:
         self._seconds = 60 * float(os.environ.get(VARIABLE, "0"))
-        self._since = time.monotonic()
+        self._since = self._begun = time.monotonic()
+        self._took = 0.0  # seconds, to save the last one
         self._last: Path | None = None
 
     @property
     def due(self) -> bool:
-        return 0 < self._seconds <= time.monotonic() - self._since
+        self._begun = time.monotonic()
+        sooner = min(self._took + KEPT_SECONDS, self._seconds / 2)
+        return 0 < self._seconds <= self._begun - self._since + sooner
 
     def restart(self) -> None:
         """The time begins anew."""
@@ -70,4 +78,5 @@ class Timer:
                 # without its name first: what is half removed must not look like a state
                 shutil.rmtree(self._last.rename(hidden))
         self._last = folder
+        self._took = time.monotonic() - self._begun
         self.restart()
