@@ -10,7 +10,7 @@ import tarfile
 import tempfile
 import tomllib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kohya.config import Kind
 
 _TARS = ".tars"  # in the folder: kept, so that they are not fetched again
+_MARK = ".job"  # in the folder: whose it is
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,9 @@ def fetch(job: str, folder: Path | None = None, *, aws: Aws | None = None) -> Fe
     """Fetch what a job has made to `folder`, a folder of the job's name unless said.
 
     Each file is fetched beside its place and verified by its checksum in S3; what is there and whole stays.
-    Raises LoraError where there is no such job, where it has made nothing, and for a LoRA that does not work
-    (which is then set aside as NAME.bad), StorageError where S3 does not give it.
+    Raises LoraError where there is no such job, where it has made nothing, where something else lies in the
+    folder under a name that is wanted, and for a LoRA that does not work (which is then set aside as
+    NAME.bad); StorageError where S3 does not give it.
     """
     from entrypoint.storage import Storage  # noqa: PLC0415 (lora --help needs none)
 
@@ -88,10 +90,10 @@ def fetch(job: str, folder: Path | None = None, *, aws: Aws | None = None) -> Fe
         raise LoraError(
             f"{job} has made nothing to fetch yet; it is {status.moment}. lora watch {job} follows it"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, job, wanted)
     paths = {one.path for one in storage.fetch(wanted, folder)}
     tars = {path for path in paths if path.parent.name == _TARS}
-    paths = (paths - tars) | {file for tar in tars for file in _unpack(tar, folder)}
+    paths = (paths - tars) | {file for tar in tars for file in _unpack(tar, folder, paths)}
     loras = sorted(path for path in paths if path.suffix == ".safetensors" and path.parent == folder)
     _verify(loras, folder, told.get("HyperParameters", {}).get("output_name", "lora"))
     return Fetched(job, status.status, folder, tuple(loras), tuple(sorted(paths - set(loras))))
@@ -116,8 +118,26 @@ def _wanted(output: str, lora: str | None, storage: "Storage") -> dict[str, "Rem
     return wanted
 
 
-def _unpack(tar: Path, folder: Path) -> Iterator[Path]:
-    """Put the files of a tar below `folder`, each beside its place first. Nothing may lead out of it."""
+def _claim(folder: Path, job: str, wanted: Iterable[str]) -> None:
+    """Make the folder the job's. Raises LoraError where it is another's, or would lose something."""
+    mark = folder / _MARK
+    whose = mark.read_text(encoding="utf-8") if mark.is_file() else ""
+    if whose == job:
+        return
+    other = "Name another folder: lora fetch JOB --out FOLDER"
+    if whose:
+        raise LoraError(f"{folder}: it holds what {whose} has made. {other}")
+    if there := next((name for name in sorted(wanted) if (folder / name).exists()), None):
+        raise LoraError(f"{folder / there}: it is there already, and not from {job}. {other}")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(job, encoding="utf-8")
+
+
+def _unpack(tar: Path, folder: Path, fetched: Container[Path]) -> Iterator[Path]:
+    """Put the files of a tar below `folder`, each beside its place first, but for those that were `fetched`.
+
+    Nothing may lead out of it.
+    """
     hidden = Path(tempfile.mkdtemp(prefix="unpacked-", dir=tar.parent))
     try:
         try:
@@ -129,6 +149,8 @@ def _unpack(tar: Path, folder: Path) -> Iterator[Path]:
         for path in sorted(path for path in hidden.rglob("*") if path.is_file() and not path.is_symlink()):
             name = path.relative_to(hidden)
             target = folder / (name.relative_to("data") if name.parts[0] == "data" else name)
+            if target in fetched:
+                continue
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
             yield target

@@ -59,7 +59,7 @@ max_runtime_hours = 24    # then it is stopped, and keeps what it has
 # subnets = ["subnet-0123abcd"]
 # security_groups = ["sg-0123abcd"]
 # volume_kms_key = "alias/NAME"
-# output_kms_key = "alias/NAME"
+# output_kms_key = "alias/NAME"   # the LoRAs are then there at the job's end only
 # network_isolation = true     # the job reaches nothing but its channels
 # keep_alive_minutes = 30      # a warm pool, with spot = false
 # tags = {{ project = "loras" }}

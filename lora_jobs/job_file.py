@@ -150,7 +150,7 @@ _TagKey = Annotated[
 _TagValue = Annotated[
     StrictStr, AfterValidator(_matches(r"[\w .:/=+@-]{0,256}", "value of a tag", "letters and digits"))
 ]
-_Hours = Annotated[float, Field(ge=1 / 60, le=LONGEST_HOURS)]
+_Hours = Annotated[float, Field(ge=1 / 3600, le=LONGEST_HOURS)]
 _Scalar = StrictBool | StrictInt | StrictFloat | StrictStr
 
 

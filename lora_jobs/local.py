@@ -17,10 +17,12 @@ from entrypoint import console
 from entrypoint.failures import Unfit
 from kohya.problem import Problem
 from lora_jobs.check import look
+from lora_jobs.errors import LoraError
 from lora_jobs.job_file import CHANNELS, Draft, as_text, where
 from lora_jobs.uploads import configuration
 
 _SCRIPT = Path(__file__).with_name("docker-run")  # the one that make run calls
+_MARK = ".lora-run"  # in the folder that becomes /opt/ml: its configuration is ours to replace
 _ELSEWHERE = ("sagemaker", "output")  # what a job on this machine has no use for
 
 
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job_file", type=Path, metavar="JOB.toml")
     parser.add_argument("--image", help="an image of this machine; the job file's unless set")
     parser.add_argument("--gpus", default="all", help="for docker run --gpus: all, device=1; none: no GPU")
-    parser.add_argument("--out", type=Path, help="the job's /opt/ml; the job's name unless set")
+    parser.add_argument("--out", type=Path, help="the job's /opt/ml; NAME-ml unless set")
     parser.add_argument("--dry-run", action="store_true", help="print the command line, and run nothing")
 
 
@@ -42,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         problems.append(Problem(where(draft.file, "sagemaker.image"), wrong, fix))
     if problems:
         raise Unfit(problems)
-    out = arguments.out or Path(draft.values["name"])
+    out = arguments.out or Path(f"{draft.values['name']}-ml")
+    _check_apart(draft, out)
     words = ["bash", str(_SCRIPT), "train", *_flags(draft)]
     told = {"IMAGE": image, "ML": str(out), "GPUS": "" if arguments.gpus == "none" else arguments.gpus}
     if arguments.dry_run:
@@ -82,14 +85,29 @@ def _flags(draft: Draft) -> list[str]:
     return [*flags, *(f"--{name}={as_text(value)}" for name, value in training.items())]
 
 
+def _check_apart(draft: Draft, out: Path) -> None:
+    """Raise LoraError where what comes out would lie among the inputs."""
+    for key in CHANNELS:
+        given = str(draft.values.get(key, ""))
+        if not given or "://" in given:
+            continue
+        path, whole = Path(given).resolve(), out.resolve()
+        if path.is_dir() and (whole.is_relative_to(path) or path.is_relative_to(whole)):
+            raise LoraError(Problem(str(out), f"it would mix with {key}, {given}", "Type --out FOLDER"))
+
+
 def _set_up(draft: Draft, out: Path) -> None:
     """The folder that becomes /opt/ml, with the configuration in it as SageMaker would mount it."""
-    channel = out / "input" / "data" / "config"
+    channel, mark = out / "input" / "data" / "config", out / _MARK
+    if channel.exists() and not mark.exists():
+        fix = "Type --out with another folder, or move it away"
+        raise LoraError(Problem(str(channel), "it is there, and not from lora run", fix))
     shutil.rmtree(channel, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    mark.touch()
     given = str(draft.values.get("config", ""))
     if given and "://" not in given:
         for name, file in configuration(Path(given), draft.values.get("training", {})).items():
             target = channel / PurePosixPath(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-    out.mkdir(parents=True, exist_ok=True)

@@ -18,9 +18,11 @@ from entrypoint.storage import S3Uri
 from lora_jobs.aws import Aws
 from lora_jobs.job_file import JobFile
 from lora_jobs.request import ecr_repository
+from lora_jobs.uploads import remote
 
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 _SERVICE = "sagemaker.amazonaws.com"
+_DIGEST = "?" * 8  # of what was asked, in a job's name
 
 # What SageMaker itself does as the role. Source: "CreateTrainingJob API: Execution Role Permissions" in
 # https://docs.aws.amazon.com/sagemaker/latest/dg/sagemaker-roles.html, for the image, logs, metrics and VPC;
@@ -108,7 +110,7 @@ def of_person(job: JobFile, region: str) -> dict[str, Any]:
                 "sagemaker:CreateTrainingJob",
                 "sagemaker:StopTrainingJob",
             ],
-            [places.training_jobs],
+            places.training_jobs,
         ),
         _allow("ListJobs", ["sagemaker:DescribeTrainingJob", "sagemaker:ListTrainingJobs"], ["*"]),
         {
@@ -145,17 +147,22 @@ class _Places:
         output, name = S3Uri.parse(job.output), job.name
         self.bucket = self._s3(output.bucket)
         self.root = self._s3(f"{output.bucket}/{output.key}")
-        self.jobs = [f"{self.root}/{name}-*"]
-        self.states = [f"{self.root}/checkpoints/{name}-*"]
-        self.curves = [f"{self.root}/tensorboard/{name}-*"]
+        names = [
+            f"{name}-{_DIGEST}",
+            f"{name}-{_DIGEST}-*",
+        ]  # and not cat-2's
+        self.jobs = [f"{self.root}/{one}/*" for one in names]
+        self.states = [f"{self.root}/checkpoints/{one}/*" for one in names[:1]]
+        self.curves = [f"{self.root}/tensorboard/{one}/*" for one in names]
         self.given = [S3Uri.parse(value) for value in job.inputs.values() if "://" in value]
         local = len(self.given) < len(job.inputs)
         self.own = [S3Uri(output.bucket, output.key.rstrip("/") + "/")]
-        self.inputs = [self._s3(f"{uri.bucket}/{uri.key}*") for uri in self.given]
+        there = [remote(channel, given) for channel, given in job.inputs.items() if "://" in given]
+        self.inputs = [self._s3(uri.removeprefix("s3://") + "*" * uri.endswith("/")) for uri in there]
         self.inputs += [f"{self.root}/inputs/*"] if local else []
         self.repository = self._of_image(job)
         self.logs = self._arn("logs", f"log-group:{LOG_GROUP}")
-        self.training_jobs = self._arn("sagemaker", f"training-job/{name}-*")
+        self.training_jobs = [self._arn("sagemaker", f"training-job/{one}") for one in names]
 
     def listing(
         self, name: str, actions: Sequence[str], folders: Sequence[S3Uri]

@@ -8,12 +8,18 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entrypoint.check import OUTPUT_BYTES, Plan, to_fetch
+from entrypoint.console import SECRET_OPTIONS
 from entrypoint.failures import Unfit
 from entrypoint.files import File, size
+from entrypoint.inputs import PLACED
+from entrypoint.storage import RemoteObject
+from kohya import config
 from kohya.problem import Problem
+from kohya.states import NOT_LEARNED
 from lora_jobs.aws import Aws
 from lora_jobs.job_file import JobFile, where
 
@@ -22,6 +28,7 @@ if TYPE_CHECKING:
 
 TAG = "sagemaker-kohya"  # on every job of this client; its value is the job file's name
 PRICE = "LORA_PRICE_PER_HOUR"  # in the job's environment, for who follows it
+_NOT_ITS_NAME = NOT_LEARNED | config.OWNED | PLACED | SECRET_OPTIONS  # as of a state: entrypoint/states.py
 _LEAST_VOLUME_GB = 30  # what the SageMaker SDK asks for
 _ROOM_GB = 20  # for states, latents that are kept, and what SageMaker keeps there itself
 _ECR = re.compile(
@@ -40,7 +47,7 @@ def training_job(
     """
     machine, output = job.sagemaker, job.output
     hyperparameters = job.hyperparameters
-    if not machine.network_isolation:  # which would keep the job from writing there itself
+    if _publishes(job):
         hyperparameters["output_uri"] = loras(job, name)
     stopping = {"MaxRuntimeInSeconds": round(machine.max_runtime_hours * 3600)}
     if machine.spot:
@@ -87,7 +94,12 @@ def training_job(
 
 def loras(job: JobFile, name: str) -> str:
     """Where a job's LoRAs are found: where it sends each as it is finished, or where SageMaker puts all."""
-    return f"{job.output}/{name}/{'output/model' if job.sagemaker.network_isolation else 'lora'}"
+    return f"{job.output}/{name}/{'lora' if _publishes(job) else 'output/model'}"
+
+
+def _publishes(job: JobFile) -> bool:
+    """Whether the job sends its LoRAs to S3 itself: it reaches S3, and no key is asked for that it lacks."""
+    return not job.sagemaker.network_isolation and not job.sagemaker.output_kms_key
 
 
 def checkpoints_uri(job: JobFile, base: str) -> str:
@@ -95,14 +107,18 @@ def checkpoints_uri(job: JobFile, base: str) -> str:
     return f"{job.output}/checkpoints/{base}"
 
 
-def base_name(job: JobFile, *, image: str, channels: Mapping[str, str]) -> str:
+def base_name(job: JobFile, plan: Plan, *, image: str, channels: Mapping[str, str]) -> str:
     """The job's name: that of the job file, and 8 hex digits of what is learned from what, by which image.
 
-    On which machine, for how long and at which price is no part of it: an attempt on a larger instance goes
-    on from the states of the one that failed. A local input's URI holds the digest of its content.
+    On which machine, for how long and at which price is no part of it: an attempt on another instance goes
+    on from the states of the one that failed. What a state would be refused for is: what an option comes to
+    (the GPU's precision among them), and what lies in S3 now. A local input's URI holds its digest.
     """
+    values = {name: value for name, value in plan.merged.values.items() if name not in _NOT_ITS_NAME}
+    remote = sorted(f"{one.uri} {one.etag}" for one in _files(plan) if isinstance(one, RemoteObject))
     asked = [job.hyperparameters, dict(channels), image.rpartition("@")[2] or image, job.output]
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    asked += [values, remote]
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
     return f"{job.name}-{digest[:8]}"
 
 
@@ -111,11 +127,15 @@ def volume_gb(plan: Plan) -> int:
 
     An instance with a disk of its own takes that instead, whatever is asked for.
     """
+    local = sum(size(file) for file in _files(plan) if isinstance(file, Path))  # the rest is in to_fetch
+    return max(_LEAST_VOLUME_GB, math.ceil((local + to_fetch(plan) + OUTPUT_BYTES) / 1e9) + _ROOM_GB)
+
+
+def _files(plan: Plan) -> list[File]:
+    """Every input."""
     every: list[File] = [plan.model.file, *plan.dataset_files.values(), *plan.reg_files.values()]
     every += [single.file for found in plan.extras.weights.values() for single in found]
-    every += [plan.tagger.model.file] if plan.tagger else []
-    local = sum(map(size, filter(_is_local, every)))  # the rest is in to_fetch
-    return max(_LEAST_VOLUME_GB, math.ceil((local + to_fetch(plan) + OUTPUT_BYTES) / 1e9) + _ROOM_GB)
+    return every + ([plan.tagger.model.file] if plan.tagger else [])
 
 
 def image_by_digest(job: JobFile, aws: Aws) -> str:
@@ -156,10 +176,6 @@ def _in_ecr(job: JobFile) -> re.Match[str]:
 def _channel(name: str, uri: str) -> dict[str, Any]:
     source = {"S3DataType": "S3Prefix", "S3Uri": uri, "S3DataDistributionType": "FullyReplicated"}
     return {"ChannelName": name, "InputMode": "File", "DataSource": {"S3DataSource": source}}
-
-
-def _is_local(file: File) -> bool:
-    return not hasattr(file, "uri")
 
 
 def _metrics() -> tuple[Mapping[str, str], ...]:

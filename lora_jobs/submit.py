@@ -86,7 +86,7 @@ def submit(job_file: "JobFile | Path", *, again: bool = False, dry_run: bool = F
     image = request.image_by_digest(job, aws)
     local = uploads.find(job, plan)
     channels = uploads.places(job, local)
-    base = request.base_name(job, image=image, channels=channels)
+    base = request.base_name(job, plan, image=image, channels=channels)
     found, name = _attempts(base, aws)
     if found is not None and (found.status in _GOING or (found.status == "Completed" and not again)):
         if again:

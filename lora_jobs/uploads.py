@@ -63,10 +63,15 @@ def places(job: JobFile, uploads: Sequence[Upload]) -> dict[str, str]:
     found = {upload.channel: f"{upload.folder}/" for upload in uploads}
     for channel, given in job.inputs.items():
         if channel not in found:
-            uri = S3Uri.parse(given)
-            is_file = uri.key.endswith(_ENDINGS.get(channel, ()))
-            found[channel] = given if is_file else str(S3Uri(uri.bucket, uri.prefix))
+            found[channel] = remote(channel, given)
     return {channel: found[channel] for channel in job.inputs}
+
+
+def remote(channel: str, given: str) -> str:
+    """The S3 URI of a channel whose input is in S3: that of a file, or of a folder with its slash."""
+    uri = S3Uri.parse(given)
+    is_file = uri.key.endswith(_ENDINGS.get(channel, ()))
+    return given if is_file else str(S3Uri(uri.bucket, uri.prefix))
 
 
 def find(job: JobFile, plan: Plan) -> list[Upload]:

@@ -108,6 +108,28 @@ def test_what_is_whole_is_not_fetched_again(left: Left, good: bytes, capsys: Any
     assert "fetch: 1 file," in capsys.readouterr().out
 
 
+def test_what_is_of_something_else_is_not_written_over(left: Left, good: bytes) -> None:
+    left.put("output/model", {**RECORD, "cat.safetensors": good})
+    left.folder.mkdir()
+    (left.folder / "cat.toml").write_text("a job file")
+    with pytest.raises(LoraError, match=r"cat\.toml: it is there already, and not from cat-01234567"):
+        left.fetch()
+    (left.folder / "cat.toml").unlink()
+    left.fetch()
+    other: Any = left
+    with pytest.raises(LoraError, match="it holds what cat-01234567 has made"):
+        fetch("cat-89abcdef", left.folder, aws=other)
+
+
+def test_a_tars_file_that_the_job_has_sent_itself_stays(left: Left, good: bytes, capsys: Any) -> None:
+    left.put("output", {"output.tar.gz": packed({"report.html": b"<html>"})})
+    left.put("lora", {"cat.safetensors": good, "report.html": b"<html>"})
+    left.fetch()
+    capsys.readouterr()
+    left.fetch()
+    assert "fetch: 1 file" not in capsys.readouterr().out
+
+
 def test_of_a_job_that_runs_there_is_what_it_has_sent(left: Left, good: bytes) -> None:
     left.status = "InProgress"
     with pytest.raises(LoraError, match=f"has made nothing to fetch yet; .* lora watch {JOB}"):

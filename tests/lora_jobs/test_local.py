@@ -1,6 +1,7 @@
 """lora run, with a docker that notes its words."""
 
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -73,13 +74,43 @@ def test_a_dry_run_prints_what_would_be_run(programs: Programs, job_file: Path) 
     words = ("job.toml", "--image", IMAGE, "--gpus", "none")
     code, out, err = lora(programs, *words, "--dry-run", cwd=job_file.parent)
     assert (code, err, programs.calls()) == (0, "", [])
-    assert not (job_file.parent / "cat").exists()
+    assert not (job_file.parent / "cat-ml").exists()
     ended = programs.run(*shlex.split(out), cwd=job_file.parent)
     assert ended.returncode == 0, ended.stderr
     typed = programs.calls()[-1]
     assert lora(programs, *words, cwd=job_file.parent)[0] == 0
     assert programs.calls()[-1] == typed
     assert "--gpus" not in typed
+
+
+@pytest.mark.parametrize("out", ["pictures", "pictures/made", "."])
+def test_what_comes_out_is_not_mixed_with_the_inputs(programs: Programs, job_file: Path, out: str) -> None:
+    pictures = job_file.parent / "pictures"
+    there = pictures.resolve()
+    pictures.unlink()
+    shutil.copytree(there, pictures)
+    code, _, err = lora(programs, "job.toml", "--image", IMAGE, "--out", out, cwd=job_file.parent)
+    assert code == 1
+    assert f"{out}: it would mix with dataset" in err
+    assert not programs.calls()
+
+
+def test_a_configuration_that_a_person_has_put_there_stays(programs: Programs, job_file: Path) -> None:
+    """In a tree that was made by hand."""
+    there = job_file.parent / "ml" / "input" / "data" / "config" / "mine.toml"
+    there.parent.mkdir(parents=True)
+    there.touch()
+    words = ("job.toml", "--image", IMAGE, "--out", "ml")
+    code, _, err = lora(programs, *words, cwd=job_file.parent)
+    assert code == 1
+    assert "it is there, and not from lora run" in err
+    assert there.exists()
+    there.rename(job_file.parent / "mine.toml")
+    there.parent.rmdir()
+    write(job_file, config="mine.toml")
+    for _ in range(2):
+        assert lora(programs, *words, cwd=job_file.parent)[0] == 0
+    assert there.exists()
 
 
 def test_the_jobs_exit_code_is_its_own(programs: Programs, job_file: Path) -> None:

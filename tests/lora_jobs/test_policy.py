@@ -187,12 +187,12 @@ def test_the_role_may_do_what_sagemaker_does_as_it(tmp_path: Path) -> None:
     of_mine = {"kms:ResourceAliases": "alias/mine"}
     for action in (
         ("s3:GetObject", f"{root}/inputs/dataset-0/1_a/1.png", {}),
-        ("s3:GetObject", f"{root}/checkpoints/cat-0/state-a/x", {}),
-        ("s3:PutObject", f"{root}/checkpoints/cat-0/state-a/x", {}),
-        ("s3:PutObject", f"{root}/cat-0/output/model/cat.safetensors", {}),
-        ("s3:PutObject", f"{root}/tensorboard/cat-0/tensorboard-output/e", {}),
+        ("s3:GetObject", f"{root}/checkpoints/cat-01234567/state-a/x", {}),
+        ("s3:PutObject", f"{root}/checkpoints/cat-01234567/state-a/x", {}),
+        ("s3:PutObject", f"{root}/cat-01234567/output/model/cat.safetensors", {}),
+        ("s3:PutObject", f"{root}/tensorboard/cat-01234567/tensorboard-output/e", {}),
         ("s3:ListBucket", f"arn:aws:s3:::{BUCKET}", {"s3:prefix": "of/mine/inputs/dataset-0/"}),
-        ("logs:CreateLogStream", f"{group}:log-stream:cat-0/algo-1", {}),
+        ("logs:CreateLogStream", f"{group}:log-stream:cat-01234567/algo-1", {}),
         ("cloudwatch:PutMetricData", "*", {"cloudwatch:namespace": "/aws/sagemaker/TrainingJobs"}),
         ("kms:CreateGrant", f"{key}/1234abcd", {}),
         ("kms:GenerateDataKey", f"{key}/5678", of_mine),
@@ -207,9 +207,22 @@ def test_an_input_in_s3_is_the_only_one_that_may_be_read(tmp_path: Path) -> None
     told = policy.of_role(JobFile.read(path), REGION)
     assert allowed(told, ("s3:GetObject", "arn:aws:s3:::a/cat/1.png", {}))
     assert allowed(told, ("s3:ListBucket", "arn:aws:s3:::a", {"s3:prefix": "cat/"}))
-    assert not allowed(told, ("s3:GetObject", "arn:aws:s3:::a/dog/1.png", {}))
+    assert allowed(told, ("s3:GetObject", "arn:aws:s3:::a/b.safetensors", {}))
+    for other in ("dog/1.png", "cat2/1.png", "b.safetensors.old"):
+        assert not allowed(told, ("s3:GetObject", f"arn:aws:s3:::a/{other}", {}))
     assert not allowed(told, ("s3:PutObject", "arn:aws:s3:::a/cat/1.png", {}))
     assert not allowed(told, ("s3:GetObject", f"arn:aws:s3:::{BUCKET}/of/mine/inputs/a", {}))
+
+
+def test_the_jobs_of_another_name_are_not_touched(tmp_path: Path) -> None:
+    """Of cat-2, by cat."""
+    job = JobFile.read(write(tmp_path / "job.toml"))
+    put = f"arn:aws:s3:::{BUCKET}/of/mine/{{}}/lora/cat.safetensors"
+    stop = f"arn:aws:sagemaker:{REGION}:{NUMBER}:training-job/{{}}"
+    for name, mine in (("cat-01234567", True), ("cat-01234567-2", True), ("cat-2-01234567", False)):
+        assert allowed(policy.of_role(job, REGION), ("s3:PutObject", put.format(name), {})) == mine
+        stopping = ("sagemaker:StopTrainingJob", stop.format(name), {})
+        assert allowed(policy.of_person(job, REGION), stopping) == mine
 
 
 def test_what_is_printed(account: Account, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

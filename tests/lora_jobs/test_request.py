@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from botocore.validate import ParamValidator
 
 from entrypoint.failures import Unfit
 from entrypoint.progress import METRIC_DEFINITIONS
+from entrypoint.storage import RemoteObject, S3Uri
 from lora_jobs import submit
 from lora_jobs.aws import Aws
 from lora_jobs.job_file import JobFile
@@ -149,8 +151,9 @@ def test_a_plain_job(tmp_path: Path) -> None:
 
 def test_a_job_that_reaches_nothing_is_not_told_to_publish(tmp_path: Path) -> None:
     assert "output_uri" in asked(write(tmp_path / "job.toml"))["HyperParameters"]
-    isolated = asked(write(tmp_path / "job.toml", sagemaker="network_isolation = true"))
-    assert "output_uri" not in isolated["HyperParameters"]
+    for line in ("network_isolation = true", 'output_kms_key = "alias/mine"'):  # or it would, without the key
+        alone = asked(write(tmp_path / "job.toml", sagemaker=line))
+        assert "output_uri" not in alone["HyperParameters"]
 
 
 def test_a_volume_key_where_there_is_a_volume(tmp_path: Path) -> None:
@@ -172,12 +175,46 @@ def test_a_volume_key_where_there_is_a_volume(tmp_path: Path) -> None:
 def test_the_name_tells_what_is_learned(tmp_path: Path, lines: dict[str, str], same: bool) -> None:
     plain = JobFile.read(write(tmp_path / "job.toml"))
     other = JobFile.read(write(tmp_path / "job.toml", **lines))
-    name = base_name(plain, image=f"a@{DIGEST}", channels=CHANNELS)
+    plan = planned("1", mixed_precision="bf16")
+    name = base_name(plain, plan, image=f"a@{DIGEST}", channels=CHANNELS)
     assert re.fullmatch("cat-[0-9a-f]{8}", name)
-    assert (base_name(other, image=f"a@{DIGEST}", channels=CHANNELS) == name) == same
-    assert base_name(plain, image=f"b@{DIGEST}", channels=CHANNELS) == name  # the same image elsewhere
-    assert base_name(plain, image=f"a@{DIGEST[:-1]}1", channels=CHANNELS) != name
-    assert base_name(plain, image=f"a@{DIGEST}", channels={**CHANNELS, "vae": "s3://a/b"}) != name
+    assert (base_name(other, plan, image=f"a@{DIGEST}", channels=CHANNELS) == name) == same
+    assert base_name(plain, plan, image=f"b@{DIGEST}", channels=CHANNELS) == name  # the same image elsewhere
+    assert base_name(plain, plan, image=f"a@{DIGEST[:-1]}1", channels=CHANNELS) != name
+    assert base_name(plain, plan, image=f"a@{DIGEST}", channels={**CHANNELS, "vae": "s3://a/b"}) != name
+
+
+@pytest.mark.parametrize(
+    ("etag", "values", "same"),
+    [
+        ("1", {"mixed_precision": "bf16", "max_data_loader_n_workers": 8}, True),
+        ("2", {"mixed_precision": "bf16"}, False),
+        ("1", {"mixed_precision": "fp16"}, False),
+    ],
+)
+def test_a_job_whose_states_would_be_refused_has_another_name(
+    tmp_path: Path, etag: str, values: dict[str, Any], same: bool
+) -> None:
+    """The data in S3 is another by now, or the instance's GPU brings another precision."""
+    job = JobFile.read(write(tmp_path / "job.toml"))
+    first, then = (
+        base_name(job, plan, image=f"a@{DIGEST}", channels=CHANNELS)
+        for plan in (planned("1", mixed_precision="bf16"), planned(etag, **values))
+    )
+    assert (first == then) == same
+
+
+def planned(etag: str, **values: Any) -> Any:
+    """What a plan tells of its values and files; the data set is in S3."""
+    picture = RemoteObject(S3Uri("pictures", "of/mine/1.png"), 1, etag)
+    return SimpleNamespace(
+        merged=SimpleNamespace(values=values),
+        model=SimpleNamespace(file=Path("model.safetensors")),
+        dataset_files={"1.png": picture},
+        reg_files={},
+        extras=SimpleNamespace(weights={}),
+        tagger=None,
+    )
 
 
 def test_the_image_is_asked_for_by_digest(account: Account, tmp_path: Path) -> None:
