@@ -227,6 +227,8 @@ def _say(handler: BaseHTTPRequestHandler, status: int, headers: HTTPMessage, len
     for name, value in headers.items():
         if name.lower() not in ("connection", "transfer-encoding"):
             handler.send_header(name, value)
+    if handler.close_connection:  # else the next request may be lost on it
+        handler.send_header("Connection", "close")
     handler.end_headers()
 
 
