@@ -38,8 +38,8 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 
 from demo import base_model, pictures
-from demo.curve import TAG
 from demo.server import environment, s3_server
+from entrypoint.report.curves import LOSS
 from kohya import sd_scripts, tokenizers
 from kohya.config import KINDS, Kind
 from kohya.sd_scripts import SdScripts
@@ -238,7 +238,7 @@ def _step_times(logs: Path) -> list[float]:
     folder = next(logs.rglob("events.out.tfevents.*")).parent
     log = EventAccumulator(str(folder))
     log.Reload()
-    return [event.wall_time for event in log.Scalars(TAG)]
+    return [event.wall_time for event in log.Scalars(LOSS)]
 
 
 @contextmanager

@@ -50,7 +50,9 @@ _SAID = {  # assumption: the words, as the console shows them
 def client(service: str, address: str) -> Any:
     """A boto3 client of the stand-in itself, whatever this process' environment says."""
     session = boto3.session.Session(
-        aws_access_key_id="demo", aws_secret_access_key="demo-secret", region_name=REGION
+        aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
+        region_name=REGION,
     )
     return session.client(service, endpoint_url=address)  # type: ignore[call-overload]
 

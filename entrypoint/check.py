@@ -56,6 +56,22 @@ class Plan:
     run: Mapping[str, Any]  # what is to be learned: of a run that goes on it must be the same; here alone
     states: Sequence[State]  # that the job may go on from, the newest first
 
+    @property
+    def inputs(self) -> Iterator[File]:
+        """Every file that it is made of, but for the configuration."""
+        yield self.model.file
+        yield from (single.file for found in self.extras.weights.values() for single in found)
+        yield from [self.tagger.model.file] if self.tagger else []
+        yield from self.dataset_files.values()
+        yield from self.reg_files.values()
+
+    @property
+    def notes(self) -> list[str]:
+        """What was chosen or left out, but for the configuration's own notes."""
+        compat = [self.compat.why] if self.compat is not None else []
+        reg = self.reg.notes if self.reg is not None else ()
+        return [*compat, *self.dataset.notes, *(f"regularisation pictures: {note}" for note in reg)]
+
 
 @dataclass(frozen=True)
 class Here:

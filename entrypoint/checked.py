@@ -145,7 +145,7 @@ class Report:
         for name, setting in sorted(self.found.merged.settings.items() if self.found else ()):
             if setting.of_preset and self.found and self.found.kind is None:
                 continue  # of which preset is not known
-            yield name, "***" if name in console.SECRET_OPTIONS else setting.value, setting.where
+            yield name, console.hidden(name, setting.value), setting.where
 
 
 def run(arguments: Sequence[str]) -> int:

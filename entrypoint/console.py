@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import Any
 
 SECRET_OPTIONS = frozenset({"huggingface_token", "wandb_api_key"})  # sd-scripts' options that hold a secret
 _SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "WANDB_API_KEY")
@@ -24,6 +25,11 @@ _warned: dict[str, None] = {}
 def hide(secrets: Iterable[str]) -> None:
     """Never print these values again, wherever they turn up."""
     _secrets.update(secret for secret in secrets if len(secret) >= _SHORTEST)
+
+
+def hidden(option: str, value: Any) -> Any:
+    """An option's value as it may be shown."""
+    return "***" if option in SECRET_OPTIONS else value
 
 
 def redact(text: str) -> str:

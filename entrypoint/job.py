@@ -327,13 +327,9 @@ def _told(error: BaseException | None) -> tuple[int, str]:
 
 
 def _say_plan(plan: Plan) -> None:
-    if plan.compat is not None:
-        say(f"check: {plan.compat.why}")
-    for note in plan.dataset.notes:
+    for note in plan.notes:
         say(f"check: {note}")
     if plan.reg is not None:
-        for note in plan.reg.notes:
-            say(f"check: regularisation pictures: {note}")
         say(
             f"check: {counted(plan.reg.pictures, 'regularisation picture')}, {plan.reg.repeated:,} with "
             "repeats, of which an epoch uses as many as the data set has with repeats"

@@ -154,11 +154,7 @@ def _inputs(inputs: Inputs) -> list[dict[str, Any]]:
         }
         for item in inputs.fetched
     ]
-    plan = inputs.plan
-    singles = (single.file for found in plan.extras.weights.values() for single in found)
-    tagger = [plan.tagger.model.file] if plan.tagger else []
-    files = (plan.model.file, *singles, *tagger, *plan.dataset_files.values(), *plan.reg_files.values())
-    mounted = [path for path in files if isinstance(path, Path)]
+    mounted = [path for path in inputs.plan.inputs if isinstance(path, Path)]
     return [*fetched, *({"path": str(path), "bytes": path.stat().st_size} for path in mounted)]
 
 

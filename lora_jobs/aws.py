@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from types_boto3_logs import CloudWatchLogsClient
     from types_boto3_s3 import S3Client
     from types_boto3_sagemaker import SageMakerClient
-    from types_boto3_sts import STSClient
 
 
 class Aws:
@@ -50,11 +49,6 @@ class Aws:
     @cached_property
     def ecr(self) -> "ECRClient":
         client: ECRClient = self._client("ecr")
-        return client
-
-    @cached_property
-    def sts(self) -> "STSClient":
-        client: STSClient = self._client("sts")
         return client
 
     @cached_property

@@ -47,7 +47,7 @@ def look(draft: Draft, *, pictures: bool = False) -> Report:
     The job is given its inputs as URIs; that they become channels changes nothing of what is found.
     """
     unfit = {key for key, _ in draft.problems}
-    asked = _hyperparameters(draft, unfit)
+    asked = hyperparameters(draft)
     with tempfile.TemporaryDirectory(prefix="lora-") as folder:
         config = Path(folder, "input", "config")
         config.mkdir(parents=True)
@@ -68,22 +68,22 @@ def gpu_of(draft: Draft) -> str | None:
     return _GPUS.get(family, "unknown") if instance else None
 
 
-def _hyperparameters(draft: Draft, unfit: set[str]) -> dict[str, str]:
-    """What the job is given, but for what has a problem of the job file's own."""
+def hyperparameters(draft: Draft) -> dict[str, str]:
+    """What the job is given, its inputs as URIs, but for what has a problem of the job file's own."""
     values, training = draft.values, draft.values.get("training")
+    unfit = {key for key, _ in draft.problems}
     asked = {
-        name: as_text(value)
-        for name, value in (training.items() if isinstance(training, dict) else ())
-        if f"training.{name}" not in unfit
-    }
-    asked |= {
         f"{channel}_uri": str(values[key])
         for key, channel in CHANNELS.items()
         if key in values and key not in unfit
     }
     if "name" in values and "name" not in unfit:
         asked["output_name"] = str(values["name"])
-    return asked
+    return asked | {
+        name: as_text(value)
+        for name, value in (training.items() if isinstance(training, dict) else ())
+        if f"training.{name}" not in unfit
+    }
 
 
 def _named(report: Report, draft: Draft, asked: dict[str, str]) -> Report:

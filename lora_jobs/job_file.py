@@ -239,6 +239,16 @@ class JobFile(BaseModel):
         return {channel: value for channel, value in given.items() if value}
 
     @property
+    def local(self) -> dict[str, Path]:
+        """Those that lie on this machine."""
+        return {channel: Path(given) for channel, given in self.inputs.items() if "://" not in given}
+
+    @property
+    def remote(self) -> dict[str, str]:
+        """Those that lie in S3."""
+        return {channel: given for channel, given in self.inputs.items() if "://" in given}
+
+    @property
     def hyperparameters(self) -> dict[str, str]:
         """[training] as CreateTrainingJob takes it, and the LoRA's name."""
         return {"output_name": self.name, **{name: as_text(value) for name, value in self.training.items()}}

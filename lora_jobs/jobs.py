@@ -15,6 +15,7 @@ from lora_jobs.errors import LoraError, is_missing
 if TYPE_CHECKING:
     from types_boto3_sagemaker.type_defs import DescribeTrainingJobResponseTypeDef as Description
 
+EVERY = 5.0  # seconds between two questions: far from where AWS throttles
 GROUP = "/aws/sagemaker/TrainingJobs"  # of CloudWatch Logs; a job's streams begin with its name and "/"
 OVER = frozenset({"Completed", "Failed", "Stopped"})
 PRICE = "LORA_PRICE_PER_HOUR"  # in the job's environment, where submit puts it: so anybody can tell the cost
@@ -22,7 +23,8 @@ _OVERTIME = {
     "MaxRuntimeExceeded": ": max_runtime_hours are over",
     "MaxWaitTimeExceeded": ": max_wait_hours are over",
 }
-_OURS = re.compile(r"[a-z0-9][a-z0-9-]*-[0-9a-f]{8}(-\d{1,4})?")
+_ATTEMPT = r"-[0-9a-f]{8}(-\d{1,4})?"  # how a job's name goes on after the job file's
+_OURS = re.compile(rf"[a-z0-9][a-z0-9-]*{_ATTEMPT}")
 _STAGE = re.compile(r"(check|fetch|prepare|train|verify|publish): ")
 _STEP = re.compile(r"step=\d+/\d+ ")
 _FIELD = re.compile(r"(\w+)=(\S+)")
@@ -199,8 +201,8 @@ def jobs(*, most: int = 20, aws: Aws | None = None) -> list[Status]:
     return found
 
 
-def describe(aws: Aws, job: str) -> "Description":
-    """What SageMaker tells of a job. Raises LoraError where there is none of that name."""
+def described(aws: Aws, job: str) -> "Description | None":
+    """What SageMaker tells of a job; None where there is none of that name."""
     from botocore.exceptions import ClientError  # noqa: PLC0415
 
     try:
@@ -208,9 +210,14 @@ def describe(aws: Aws, job: str) -> "Description":
     except ClientError as error:
         if not is_missing(error):
             raise
-        raise LoraError(
-            f"{job}: there is no such job in {aws.region}. Type lora list for those that are."
-        ) from error
+        return None
+
+
+def describe(aws: Aws, job: str) -> "Description":
+    """What SageMaker tells of a job. Raises LoraError where there is none of that name."""
+    if (told := described(aws, job)) is None:
+        raise LoraError(f"{job}: there is no such job in {aws.region}. Type lora list for those that are.")
+    return told
 
 
 def add_job(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
@@ -231,7 +238,7 @@ def find(asked: str, region: str | None = None) -> tuple[Aws, str]:
 
     file = JobFile.read(Path(asked))
     aws = Aws(region or file.sagemaker.region)
-    made = re.compile(rf"{re.escape(file.name)}-[0-9a-f]{{8}}(-\d{{1,4}})?")
+    made = re.compile(re.escape(file.name) + _ATTEMPT)
     for name in _names(aws, file.name):
         if made.fullmatch(name):
             return aws, name

@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 from entrypoint import console
 from entrypoint.failures import Unfit
 from kohya.problem import Problem
-from lora_jobs.check import look
+from lora_jobs.check import hyperparameters, look
 from lora_jobs.errors import LoraError
-from lora_jobs.job_file import CHANNELS, Draft, as_text, where
+from lora_jobs.job_file import CHANNELS, Draft, where
 from lora_jobs.uploads import configuration
 
 _SCRIPT = Path(__file__).with_name("docker-run")  # the one that make run calls
@@ -75,14 +75,11 @@ def _image(draft: Draft) -> str:
 
 
 def _flags(draft: Draft) -> list[str]:
-    """The job's flags. The configuration is a channel, for what lies beside it comes along."""
-    values = draft.values
-    flags = [f"--{CHANNELS[key]}_uri={values[key]}" for key in CHANNELS if key in values and key != "config"]
-    if "://" in str(values.get("config", "")):
-        flags.append(f"--config_uri={values['config']}")
-    flags.append(f"--output_name={values['name']}")
-    training = draft.values.get("training", {})
-    return [*flags, *(f"--{name}={as_text(value)}" for name, value in training.items())]
+    """The job's flags. A configuration that lies here is a channel, for what lies beside it comes along."""
+    asked = hyperparameters(draft)
+    if "://" not in asked.get("config_uri", ""):
+        asked.pop("config_uri", None)
+    return [f"--{name}={value}" for name, value in asked.items()]
 
 
 def _check_apart(draft: Draft, out: Path) -> None:

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 
 from entrypoint.console import say, warn
 from lora_jobs.aws import Aws
-from lora_jobs.jobs import Line, Log, Status, add_job, describe, find
-
-EVERY = 5.0  # seconds between two questions
+from lora_jobs.jobs import EVERY, Line, Log, Status, add_job, describe, find
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

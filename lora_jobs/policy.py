@@ -17,10 +17,10 @@ from typing import Any
 from entrypoint.storage import S3Uri
 from lora_jobs.aws import Aws
 from lora_jobs.job_file import JobFile
+from lora_jobs.jobs import GROUP
 from lora_jobs.request import ecr_repository
 from lora_jobs.uploads import remote
 
-LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 _SERVICE = "sagemaker.amazonaws.com"
 _DIGEST = "?" * 8  # of what was asked, in a job's name
 
@@ -78,7 +78,7 @@ def of_role(job: JobFile, region: str) -> dict[str, Any]:
         _allow("Log", _LOG, [places.logs, f"{places.logs}:*"]),
         {
             **_allow("Metrics", ["cloudwatch:PutMetricData"], ["*"]),
-            "Condition": {"StringEquals": {"cloudwatch:namespace": LOG_GROUP}},
+            "Condition": {"StringEquals": {"cloudwatch:namespace": GROUP}},
         },
     ]
     if machine.subnets:
@@ -147,21 +147,17 @@ class _Places:
         output, name = S3Uri.parse(job.output), job.name
         self.bucket = self._s3(output.bucket)
         self.root = self._s3(f"{output.bucket}/{output.key}")
-        names = [
-            f"{name}-{_DIGEST}",
-            f"{name}-{_DIGEST}-*",
-        ]  # and not cat-2's
+        names = [f"{name}-{_DIGEST}", f"{name}-{_DIGEST}-*"]  # an attempt's: of cat, and not of cat-2
         self.jobs = [f"{self.root}/{one}/*" for one in names]
         self.states = [f"{self.root}/checkpoints/{one}/*" for one in names[:1]]
         self.curves = [f"{self.root}/tensorboard/{one}/*" for one in names]
-        self.given = [S3Uri.parse(value) for value in job.inputs.values() if "://" in value]
-        local = len(self.given) < len(job.inputs)
+        self.given = [S3Uri.parse(uri) for uri in job.remote.values()]
         self.own = [S3Uri(output.bucket, output.key.rstrip("/") + "/")]
-        there = [remote(channel, given) for channel, given in job.inputs.items() if "://" in given]
+        there = [remote(channel, given) for channel, given in job.remote.items()]
         self.inputs = [self._s3(uri.removeprefix("s3://") + "*" * uri.endswith("/")) for uri in there]
-        self.inputs += [f"{self.root}/inputs/*"] if local else []
+        self.inputs += [f"{self.root}/inputs/*"] if job.local else []
         self.repository = self._of_image(job)
-        self.logs = self._arn("logs", f"log-group:{LOG_GROUP}")
+        self.logs = self._arn("logs", f"log-group:{GROUP}")
         self.training_jobs = [self._arn("sagemaker", f"training-job/{one}") for one in names]
 
     def listing(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from entrypoint.check import OUTPUT_BYTES, Plan, to_fetch
 from entrypoint.console import SECRET_OPTIONS
 from entrypoint.failures import Unfit
-from entrypoint.files import File, size
+from entrypoint.files import size
 from entrypoint.inputs import PLACED
 from entrypoint.storage import RemoteObject
 from kohya import config
@@ -22,12 +22,12 @@ from kohya.problem import Problem
 from kohya.states import NOT_LEARNED
 from lora_jobs.aws import Aws
 from lora_jobs.job_file import JobFile, where
+from lora_jobs.jobs import PRICE
 
 if TYPE_CHECKING:
     from types_boto3_ecr.type_defs import ImageIdentifierTypeDef
 
 TAG = "sagemaker-kohya"  # on every job of this client; its value is the job file's name
-PRICE = "LORA_PRICE_PER_HOUR"  # in the job's environment, for who follows it
 _NOT_ITS_NAME = NOT_LEARNED | config.OWNED | PLACED | SECRET_OPTIONS  # as of a state: entrypoint/states.py
 _LEAST_VOLUME_GB = 30  # what the SageMaker SDK asks for
 _ROOM_GB = 20  # for states, latents that are kept, and what SageMaker keeps there itself
@@ -115,7 +115,7 @@ def base_name(job: JobFile, plan: Plan, *, image: str, channels: Mapping[str, st
     (the GPU's precision among them), and what lies in S3 now. A local input's URI holds its digest.
     """
     values = {name: value for name, value in plan.merged.values.items() if name not in _NOT_ITS_NAME}
-    remote = sorted(f"{one.uri} {one.etag}" for one in _files(plan) if isinstance(one, RemoteObject))
+    remote = sorted(f"{one.uri} {one.etag}" for one in plan.inputs if isinstance(one, RemoteObject))
     asked = [job.hyperparameters, dict(channels), image.rpartition("@")[2] or image, job.output]
     asked += [values, remote]
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
@@ -127,15 +127,8 @@ def volume_gb(plan: Plan) -> int:
 
     An instance with a disk of its own takes that instead, whatever is asked for.
     """
-    local = sum(size(file) for file in _files(plan) if isinstance(file, Path))  # the rest is in to_fetch
+    local = sum(size(file) for file in plan.inputs if isinstance(file, Path))  # the rest is in to_fetch
     return max(_LEAST_VOLUME_GB, math.ceil((local + to_fetch(plan) + OUTPUT_BYTES) / 1e9) + _ROOM_GB)
-
-
-def _files(plan: Plan) -> list[File]:
-    """Every input."""
-    every: list[File] = [plan.model.file, *plan.dataset_files.values(), *plan.reg_files.values()]
-    every += [single.file for found in plan.extras.weights.values() for single in found]
-    return every + ([plan.tagger.model.file] if plan.tagger else [])
 
 
 def image_by_digest(job: JobFile, aws: Aws) -> str:

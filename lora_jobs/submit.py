@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from entrypoint import console
 from kohya.problem import Problem
-from lora_jobs.errors import LoraError, is_missing
+from lora_jobs.errors import LoraError
+from lora_jobs.jobs import OVER, described
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from types_boto3_sagemaker.type_defs import DescribeTrainingJobResponseTypeDef as Description
+
     from lora_jobs.aws import Aws
     from lora_jobs.job_file import Draft, JobFile
-
-_GOING = ("InProgress", "Stopping")
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,13 @@ def submit(job_file: "JobFile | Path", *, again: bool = False, dry_run: bool = F
     channels = uploads.places(job, local)
     base = request.base_name(job, plan, image=image, channels=channels)
     found, name = _attempts(base, aws)
-    if found is not None and (found.status in _GOING or (found.status == "Completed" and not again)):
+    status = found["TrainingJobStatus"] if found is not None else None
+    if found is not None and (status not in OVER or (status == "Completed" and not again)):
+        newest = found["TrainingJobName"]
         if again:
-            wrong = f"it is still going ({found.status}), and another would share its states"
-            raise LoraError(Problem(found.name, wrong, f"Type lora stop {found.name}, or wait for its end"))
-        return _having(found, request.loras(job, found.name))
+            wrong = f"it is still going ({status}), and another would share its states"
+            raise LoraError(Problem(newest, wrong, f"Type lora stop {newest}, or wait for its end"))
+        return _having(found, request.loras(job, newest))
 
     asked = request.training_job(
         job, name=name, base=base, image=image, channels=channels, volume_gb=request.volume_gb(plan)
@@ -108,18 +111,11 @@ def submit(job_file: "JobFile | Path", *, again: bool = False, dry_run: bool = F
     except ClientError as error:
         if error.response["Error"].get("Code") != "ResourceInUse":
             raise
-        there = _described(name, aws)  # the same was submitted meanwhile
+        there = described(aws, name)  # the same was submitted meanwhile
         if there is None:
             raise
         return _having(there, output)
     return Submitted(name, arn, "InProgress", output, asked, started=True)
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    name: str
-    arn: str
-    status: str
 
 
 def _draft(job_file: "JobFile | Path") -> "Draft":
@@ -128,37 +124,18 @@ def _draft(job_file: "JobFile | Path") -> "Draft":
     return Draft.read(job_file) if isinstance(job_file, Path) else Draft.of(job_file)
 
 
-def _attempts(base: str, aws: "Aws") -> tuple[_Attempt | None, str]:
+def _attempts(base: str, aws: "Aws") -> tuple["Description | None", str]:
     """The newest attempt at a job, and the name of the next one: NAME, NAME-2, NAME-3, …"""
-    newest = None
-    for name in _names(base):
-        there = _described(name, aws)
-        if there is None:
-            return newest, name
-        newest = there
-    raise AssertionError("there is always another name")
+    newest, name, number = None, base, 1
+    while (there := described(aws, name)) is not None:
+        newest, number = there, number + 1
+        name = f"{base}-{number}"
+    return newest, name
 
 
-def _names(base: str) -> "Iterator[str]":
-    yield base
-    yield from (f"{base}-{number}" for number in range(2, 1 << 20))
-
-
-def _described(name: str, aws: "Aws") -> _Attempt | None:
-    """A job that SageMaker has; None for a name that is free."""
-    from botocore.exceptions import ClientError  # noqa: PLC0415
-
-    try:
-        told = aws.sagemaker.describe_training_job(TrainingJobName=name)
-    except ClientError as error:
-        if is_missing(error):
-            return None
-        raise
-    return _Attempt(name, told["TrainingJobArn"], told["TrainingJobStatus"])
-
-
-def _having(found: _Attempt, output: str) -> Submitted:
-    return Submitted(found.name, found.arn, found.status, output, {}, started=False)
+def _having(found: "Description", output: str) -> Submitted:
+    name, arn, status = (found["TrainingJobName"], found["TrainingJobArn"], found["TrainingJobStatus"])
+    return Submitted(name, arn, status, output, {}, started=False)
 
 
 def _told(found: Submitted, file: Path) -> "Iterator[str]":

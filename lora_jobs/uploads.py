@@ -61,9 +61,7 @@ class Upload:
 def places(job: JobFile, uploads: Sequence[Upload]) -> dict[str, str]:
     """The S3 URI of each channel. A folder's ends in a slash: S3Prefix "cat" would take cat2/ as well."""
     found = {upload.channel: f"{upload.folder}/" for upload in uploads}
-    for channel, given in job.inputs.items():
-        if channel not in found:
-            found[channel] = remote(channel, given)
+    found |= {channel: remote(channel, given) for channel, given in job.remote.items()}
     return {channel: found[channel] for channel in job.inputs}
 
 
@@ -81,8 +79,7 @@ def find(job: JobFile, plan: Plan) -> list[Upload]:
         wrong = f"{named[0]} names a file beside it, and a channel of one file holds nothing else"
         fix = f'Write the folder: config = "{given.rpartition("/")[0]}"'
         raise Unfit([Problem(where(job.file, "config"), wrong, fix)])
-    local = {channel: Path(given) for channel, given in job.inputs.items() if "://" not in given}
-    return [_upload(job, channel, _files(job, channel, path, plan)) for channel, path in local.items()]
+    return [_upload(job, channel, _files(job, channel, path, plan)) for channel, path in job.local.items()]
 
 
 def send(upload: Upload, storage: Storage) -> None:

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING
 
 from entrypoint.console import fail, redact, say, warn
 from lora_jobs.aws import Aws
-from lora_jobs.jobs import Line, Log, Progress, Status, add_job, billable, describe, find, span
+from lora_jobs.jobs import EVERY, Line, Log, Progress, Status, add_job, billable, describe, find, span
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-EVERY = 5.0  # seconds between two questions: far from where AWS throttles
 _STEP_SECONDS = 30.0  # between two lines that tell of steps, without a terminal
 _STEP_SHARE = 0.05  # of all steps, after which there is such a line sooner
 _SHOWN = 8  # lines of the log in the live picture

@@ -5,6 +5,7 @@ Nothing in it comes from elsewhere, no script runs in it, and it stays below 3 M
 
 import json
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 from entrypoint import console, contract, files, stops
-from entrypoint.console import redact, warn
+from entrypoint.console import hidden, redact, warn
 from entrypoint.failures import Problem, Stopped, Unfit
 from entrypoint.outbox import Outbox, whole
 from entrypoint.record import Job
@@ -218,18 +219,14 @@ def _last_lines(job: Job) -> str:
     """The trainer's last lines, where it is the trainer that failed."""
     if job.prepared is None or job.broke not in ("train", "verify") or not job.prepared.log.is_file():
         return ""
-    lines = job.prepared.log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(_cut(line, 500) for line in lines[-_LAST_LINES:])
+    with job.prepared.log.open(encoding="utf-8", errors="replace") as log:
+        last = deque(log, maxlen=_LAST_LINES)
+    return "\n".join(_cut(line.rstrip("\n"), 500) for line in last)
 
 
 def _notes(job: Job, merged: Merged | None) -> list[str]:
     """What was mended, chosen or left out."""
-    found: list[str] = []
-    if job.plan is not None:
-        if job.plan.compat is not None:
-            found.append(job.plan.compat.why)
-        found += job.plan.dataset.notes
-        found += [f"regularisation pictures: {note}" for note in (job.plan.reg.notes if job.plan.reg else ())]
+    found = job.plan.notes if job.plan is not None else []
     if job.looked is not None:
         found += [*job.looked.dataset.notes, *(job.looked.reg.notes if job.looked.reg else ())]
     return [*found, *(merged.notes if merged else ())]
@@ -238,13 +235,7 @@ def _notes(job: Job, merged: Merged | None) -> list[str]:
 def _configuration(merged: Merged) -> Rows:
     """Each option with its value and where that came from, as `check` prints them."""
     return [
-        (
-            name,
-            "***"
-            if name in console.SECRET_OPTIONS
-            else json.dumps(setting.value, ensure_ascii=False, default=str),
-            setting.where,
-        )
+        (name, hidden(name, json.dumps(setting.value, ensure_ascii=False, default=str)), setting.where)
         for name, setting in sorted(merged.settings.items())
     ]
 

@@ -207,14 +207,7 @@ def test_a_job_whose_states_would_be_refused_has_another_name(
 def planned(etag: str, **values: Any) -> Any:
     """What a plan tells of its values and files; the data set is in S3."""
     picture = RemoteObject(S3Uri("pictures", "of/mine/1.png"), 1, etag)
-    return SimpleNamespace(
-        merged=SimpleNamespace(values=values),
-        model=SimpleNamespace(file=Path("model.safetensors")),
-        dataset_files={"1.png": picture},
-        reg_files={},
-        extras=SimpleNamespace(weights={}),
-        tagger=None,
-    )
+    return SimpleNamespace(merged=SimpleNamespace(values=values), inputs=[Path("model.safetensors"), picture])
 
 
 def test_the_image_is_asked_for_by_digest(account: Account, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +52,17 @@ def type_watch(monkeypatch: pytest.MonkeyPatch) -> Any:
     return type_it
 
 
+@contextmanager
+def clock(seconds: Iterable[float]) -> Iterator[None]:
+    """Let `lora watch` look at a clock that shows these seconds, one after the other."""
+    shown = iter(seconds)
+    fake = type("Time", (), {"monotonic": lambda: next(shown), "sleep": lambda _: None,
+                             "strftime": lambda _: "12:00:00"})  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watch, "time", fake)
+        yield
+
+
 def test_a_line_for_each_change_and_no_other(type_watch: Any, capsys: pytest.CaptureFixture[str]) -> None:
     starting = {"SecondaryStatus": "Starting", "TrainingStartTime": None}
     aws = FakeAws(
@@ -73,11 +85,7 @@ def test_steps_are_told_at_each_twentieth(type_watch: Any, capsys: pytest.Captur
     steps = [1, 9, 10, 11, 19, 20, 21]
     end = {"TrainingJobStatus": "Stopped", "SecondaryStatus": "Stopped", **OVER}
     aws = FakeAws(*({} for _ in steps), end, lines=[[METRIC.format(step)] for step in steps])
-    clock = iter(range(100))  # less than 30 s in all
-    watch_time = type("Time", (), {"monotonic": lambda: 0.1 * next(clock), "sleep": lambda _: None,
-                                   "strftime": lambda _: "12:00:00"})  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watch, "time", watch_time)
+    with clock(0.1 * number for number in range(100)):  # less than 30 s in all
         assert type_watch(aws) == 143
     told = [line for line in capsys.readouterr().out.splitlines() if " step " in line]
     assert [line.split(" step ")[1].partition("/")[0] for line in told] == ["10", "20"]
@@ -89,11 +97,7 @@ def test_steps_are_told_at_each_twentieth(type_watch: Any, capsys: pytest.Captur
 def test_a_slow_job_is_told_every_half_minute(type_watch: Any, capsys: pytest.CaptureFixture[str]) -> None:
     end = {"TrainingJobStatus": "Stopped", "SecondaryStatus": "Stopped", **OVER}
     aws = FakeAws({}, {}, {}, {}, end, lines=[[METRIC.format(step)] for step in (1, 2, 3, 4)])
-    clock = iter([31, 45, 62, 75, 80])
-    watch_time = type("Time", (), {"monotonic": lambda: next(clock), "sleep": lambda _: None,
-                                   "strftime": lambda _: "12:00:00"})  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watch, "time", watch_time)
+    with clock([31, 45, 62, 75, 80]):
         assert type_watch(aws) == 143
     told = [line for line in capsys.readouterr().out.splitlines() if " step " in line]
     assert [line.split(" step ")[1].partition("/")[0] for line in told] == ["1", "3"]
