@@ -45,11 +45,11 @@ from tests.s3 import S3Server, new_bucket, serving
 AT_ONCE = {"kills": 2, "faults": 4, "disk": 2}  # jobs; those with faults wait most of their time
 TRAINERS = ("builtin", "sd-scripts")
 STATE_SECONDS = 3.0
-EPOCHS, STEPS = 15, 60
+EPOCHS, STEPS = 10, 40
 ASKED: Mapping[str, str] = {
     **TINY,
     "max_train_epochs": str(EPOCHS),
-    "save_every_n_epochs": "5",
+    "save_every_n_epochs": "4",
     "seed": "1",
     "mixed_precision": "no",
     "state_every_minutes": str(STATE_SECONDS / 60),
