@@ -84,12 +84,10 @@ def find(job: JobFile, plan: Plan) -> list[Upload]:
 
 def send(upload: Upload, storage: Storage) -> None:
     """Bring a folder to S3, but for what is there. Raises StorageError, and LoraError for a changed file."""
-    sizes = {item.uri.key: item.size for item in storage.list(upload.folder)}
-    missing = [
-        path for path, (size, _) in upload.states.items() if sizes.get((upload.folder / path).key) != size
-    ]
     former = _manifests(upload, storage)
-    if not missing and upload.manifest.name in former:
+    whole = upload.manifest.name in former
+    missing = _missing(upload, storage, trusting=whole)
+    if whole and not missing:
         console.say(f"{upload.channel}: in S3 already, {counted(len(upload.files), 'file')}")
         return
     if missing:
@@ -107,6 +105,27 @@ def send(upload: Upload, storage: Storage) -> None:
         storage.ask(lambda client: client.put_object(**place, Body=content, ContentType="application/json"))
 
 
+def _missing(upload: Upload, storage: Storage, *, trusting: bool) -> list[str]:
+    """The paths whose object is not there, or is another's. With `trusting` one of the same size is theirs.
+
+    In a folder that was not finished it may not be: a file may have been changed while it was sent.
+    """
+    there = {item.uri.key: item for item in storage.list(upload.folder)}
+
+    def is_missing(path: str) -> bool:
+        found = there.get((upload.folder / path).key)
+        if found is None or found.size != upload.states[path][0]:
+            return True
+        return not trusting and not storage.holds(found, upload.files[path])
+
+    with ThreadPoolExecutor(_AT_ONCE) as crew:
+        return [
+            path
+            for path, absent in zip(upload.files, crew.map(is_missing, upload.files), strict=True)
+            if absent
+        ]
+
+
 def _files(job: JobFile, channel: str, path: Path, plan: Plan) -> Mapping[str, Path]:
     """The files that a channel is to hold, by their paths in it."""
     pictures = {"dataset": plan.dataset_files, "reg": plan.reg_files}
@@ -120,7 +139,8 @@ def _files(job: JobFile, channel: str, path: Path, plan: Plan) -> Mapping[str, P
 def configuration(path: Path, training: Mapping[str, object]) -> Mapping[str, Path]:
     """The files of the channel config: of a folder all that may count, of a TOML those that are named."""
     if path.is_dir():
-        return _below(path, _ENDINGS["config"])
+        found = _below(path, _ENDINGS["config"])
+        return {name: file for name, file in found.items() if not name.startswith(".") and "/." not in name}
     settings, _ = config.read(path.read_text(encoding="utf-8-sig"), path.name)
     told = {setting.name: setting.value for setting in settings} | dict(training)
     beside = [str(PurePosixPath(str(told[name]))) for name in BESIDE if told.get(name)]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from entrypoint import console
 from entrypoint.failures import Problem, StorageError
 from entrypoint.storage import retries
+from entrypoint.storage.checksums import Damaged, verify
 from entrypoint.storage.crew import Crew
 from entrypoint.storage.errors import disk, problem
 from entrypoint.storage.fetching import Fetch, Record
@@ -275,6 +276,16 @@ class Storage:
 
         with self.explained("s3:GetObject", uri):
             return self.ask(head, patience)
+
+    def holds(self, source: RemoteObject, path: Path) -> bool:
+        """Whether an object holds what a file does, as far as S3's checksum of it tells; else its size."""
+        facts = self.facts(source.uri, ChecksumMode="ENABLED")
+        with disk(path), path.open("rb") as file:
+            try:
+                verify(file.fileno(), source, facts, self.part_sizes)
+            except Damaged:
+                return False
+        return True
 
     def part_sizes(self, source: RemoteObject, patience: Patience | None = None) -> Sequence[int] | None:
         """The sizes of the parts that an object was uploaded in; None where they cannot be told.

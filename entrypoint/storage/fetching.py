@@ -3,28 +3,25 @@
 Unfinished files and the record of what was verified lie in <root>/.fetch.
 """
 
-import base64
-import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from entrypoint import console
 from entrypoint.failures import Problem, StorageError
+from entrypoint.storage.checksums import Damaged, verify
 from entrypoint.storage.crew import Crew, settle
 from entrypoint.storage.errors import disk, error_code
 from entrypoint.storage.meter import Meter
@@ -47,10 +44,6 @@ _STOP_SECONDS = 2.0  # how long an interrupted fetch waits for its threads
 
 class _Replaced(Exception):
     """The object is no longer the one that was listed."""
-
-
-class _Damaged(Exception):
-    """What arrived is not what S3 says it has. Its text says how the two differ."""
 
 
 class Fetch:
@@ -116,12 +109,12 @@ class Fetch:
             try:
                 with file.open("w+b") as out:
                     facts = self._transfer(source, out.fileno())
-                    return source, *_verify(out.fileno(), source, facts, part_sizes)
+                    return source, *verify(out.fileno(), source, facts, part_sizes)
             except _Replaced:
                 reason = "was replaced while it was being fetched, each time anew"
                 source = self._storage.head(source.uri)
                 console.warn(f"{source.uri} was replaced after it was listed; the new object is fetched")
-            except (_Damaged, FlexibleChecksumError) as error:
+            except (Damaged, FlexibleChecksumError) as error:
                 reason = f"arrived damaged {DAMAGED_TRIES} times: {error}"
             self._progress.expect(source.size)
         raise StorageError(Problem(str(source.uri), reason, "Upload the object again and start a new job"))
@@ -161,7 +154,7 @@ class Fetch:
                     if answer["ETag"].strip('"') != source.etag:  # from a server that does not know If-Match
                         raise _Replaced
                     if answer["ContentLength"] != length:
-                        raise _Damaged(f"S3 sent {answer['ContentLength']:,} bytes of {length:,}")
+                        raise Damaged(f"S3 sent {answer['ContentLength']:,} bytes of {length:,}")
                     buffer = memoryview(bytearray(min(MIB, length) or 1))
                     while count := body.readinto(buffer):  # type: ignore[arg-type]
                         self._patience.check()
@@ -184,101 +177,6 @@ def _write(out: int, data: memoryview, position: int) -> None:
     while data:
         count = os.pwrite(out, data, position)
         data, position = data[count:], position + count
-
-
-_PartSizes = Callable[[RemoteObject], Sequence[int] | None]
-_CHECKSUMS = ("CRC64NVME", "CRC32C", "CRC32", "SHA256", "SHA1")  # cheapest first
-
-
-def _verify(
-    file: int, source: RemoteObject, facts: Mapping[str, Any], part_sizes: _PartSizes
-) -> tuple[str, str]:
-    """Compare an open file with what S3 says of its object: how it was verified, and by which checksum.
-
-    Raises _Damaged. https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity-upload.html:
-    a checksum is of the whole object (FULL_OBJECT), or of its parts' checksums (COMPOSITE, "…-3" for three).
-    """
-    if (size := os.fstat(file).st_size) != source.size:
-        raise _Damaged(f"{size:,} bytes, of {source.size:,}")
-    for name in _CHECKSUMS:
-        if stated := facts.get(f"Checksum{name}"):
-            layouts = _layouts(stated, source, facts, part_sizes)
-            if any(_checksum(file, name, sizes) == stated.partition("-")[0] for sizes in layouts):
-                return name.lower(), stated
-            if layouts:
-                raise _Damaged(f"its {name} is not {stated}")
-    if _etag_is_md5(source, facts):
-        if _digest(file, "MD5", 0, source.size).hex() != source.etag:
-            raise _Damaged(f"its MD5 is not {source.etag}")
-        return "md5", source.etag
-    return "size", ""
-
-
-def _layouts(
-    stated: str, source: RemoteObject, facts: Mapping[str, Any], part_sizes: _PartSizes
-) -> Sequence[Sequence[int] | None]:
-    """The part sizes that a stated checksum may be of; None stands for the whole object."""
-    kind = facts.get("ChecksumType")
-    if kind == "FULL_OBJECT" or "-" not in source.etag:
-        return [None]
-    sizes = part_sizes(source)
-    parts = [sizes] if sizes else []
-    # S3 always says the kind. Where another server does not, a checksum of either kind will do.
-    return parts if kind == "COMPOSITE" or "-" in stated else [None, *parts]
-
-
-def _checksum(file: int, name: str, part_sizes: Sequence[int] | None) -> str:
-    """The checksum as S3 writes it, in base64, without the number of parts."""
-    if part_sizes is None:
-        return base64.b64encode(_digest(file, name, 0, os.fstat(file).st_size)).decode()
-    edges = pairwise(itertools.accumulate(part_sizes, initial=0))
-    digests = b"".join(_digest(file, name, start, end - start) for start, end in edges)
-    return base64.b64encode(_update(name)(digests)).decode()
-
-
-def _digest(file: int, name: str, start: int, length: int) -> bytes:
-    """The checksum of `length` bytes of a file from `start` on."""
-    update = _update(name)
-    digest = update(b"")
-    end = start + length
-    while chunk := os.pread(file, min(4 * MIB, end - start), start):
-        digest = update(chunk)
-        start += len(chunk)
-    return digest
-
-
-def _update(name: str) -> Callable[[bytes], bytes]:
-    """A function that takes the next bytes and gives the checksum so far."""
-    if name.startswith("CRC"):
-        from awscrt import checksums  # noqa: PLC0415
-
-        function = getattr(checksums, name.lower())
-        width = 8 if name == "CRC64NVME" else 4
-        value = 0
-
-        def crc(data: bytes) -> bytes:
-            nonlocal value
-            value = int(function(data, value))
-            return value.to_bytes(width, "big")
-
-        return crc
-    running = hashlib.new(name.lower(), usedforsecurity=False)
-
-    def hashed(data: bytes) -> bytes:
-        running.update(data)
-        return running.digest()
-
-    return hashed
-
-
-def _etag_is_md5(source: RemoteObject, facts: Mapping[str, Any]) -> bool:
-    """An ETag is the MD5 of an object that came in one part and is not encrypted by KMS or by the customer.
-
-    https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html; nor is it one in a directory bucket.
-    """
-    kms = facts.get("ServerSideEncryption", "").startswith("aws:kms")
-    other = "SSECustomerAlgorithm" in facts or source.uri.bucket.endswith("--x-s3")
-    return not kms and not other and re.fullmatch("[0-9a-f]{32}", source.etag) is not None
 
 
 class Record:

@@ -1,5 +1,6 @@
 """Sending many files: in parallel, large ones in parts, until they are there or their time is up."""
 
+import base64
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from entrypoint.failures import Outage, StorageError
+from entrypoint.storage.checksums import digest
 from entrypoint.storage.crew import Crew, settle
 from entrypoint.storage.errors import disk, error_code
 from entrypoint.storage.meter import Meter
@@ -99,7 +101,7 @@ class Send:
         def complete(client: "S3Client") -> Mapping[str, Any]:
             return uncut(client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts}), "ETag")
 
-        begun, there = self._begun(place, size) if self._go_on else (None, {})
+        begun, there = self._begun(file, size, place) if self._go_on else (None, {})
         upload = {**place, "UploadId": begun or self._storage.ask(begin, self._patience)["UploadId"]}
         try:
             parts = self._all_parts(file, size, upload, there)
@@ -111,8 +113,11 @@ class Send:
                 self._storage.client.abort_multipart_upload(**upload)
             raise
 
-    def _begun(self, place: Place, size: int) -> tuple[str | None, Mapping[int, Any]]:
-        """The newest upload of this object that was cut off, and what S3 tells of its parts, by number."""
+    def _begun(self, file: int, size: int, place: Place) -> tuple[str | None, Mapping[int, Any]]:
+        """The newest upload of this object that was cut off, and what S3 tells of its parts, by number.
+
+        Only of those that are still the file's: it may have been changed meanwhile.
+        """
 
         def find(client: "S3Client") -> tuple[str | None, Mapping[int, Any]]:
             asked = {"Bucket": place["Bucket"], "Prefix": place["Key"]}
@@ -123,11 +128,8 @@ class Send:
             upload = {**place, "UploadId": max(begun, key=lambda one: one["Initiated"])["UploadId"]}
             listed = client.get_paginator("list_parts").paginate(**upload)
             parts = {one["PartNumber"]: one for page in listed for one in page.get("Parts", ())}
-            return upload["UploadId"], {
-                number: _told(number, one)
-                for number, one in parts.items()
-                if one["Size"] == min(PART, size - (number - 1) * PART)
-            }
+            there = {number: _told(number, one) for number, one in parts.items() if _is_part(file, size, one)}
+            return upload["UploadId"], there
 
         return self._storage.ask(find, self._patience)
 
@@ -174,6 +176,16 @@ def _told(number: int, answer: Mapping[str, Any]) -> Mapping[str, Any]:
     """What S3 wants to be told of a part, from what it said of it."""
     names = ("ETag", f"Checksum{_CHECKSUM}")
     return {"PartNumber": number, **{name: answer[name] for name in names if name in answer}}
+
+
+def _is_part(file: int, size: int, part: Mapping[str, Any]) -> bool:
+    """Whether a part that S3 has is the file's, by what S3 tells of it: its checksum, else its MD5."""
+    start = (part["PartNumber"] - 1) * PART
+    if part["Size"] != min(PART, size - start):
+        return False
+    if stated := part.get(f"Checksum{_CHECKSUM}"):
+        return bool(base64.b64encode(digest(file, _CHECKSUM, start, part["Size"])).decode() == stated)
+    return bool(digest(file, "MD5", start, part["Size"]).hex() == part["ETag"].strip('"'))
 
 
 def _reason(sent: "Future[None]", path: Path, uri: S3Uri) -> StorageError | None:

@@ -93,6 +93,21 @@ def test_another_size_is_another_file(account: Account, job_file: Path) -> None:
     assert sent(account, job_file) == (["1.png"], [])
 
 
+def test_what_was_sent_while_it_changed_is_sent_again(
+    account: Account, job_file: Path, pictures_of_mine: Path
+) -> None:
+    """It has the size of what it should be, and no manifest says that the folder is whole."""
+    upload, caption = dataset(job_file), pictures_of_mine / "0.txt"
+    meant = caption.read_text()
+    caption.write_text(meant[::-1])
+    with pytest.raises(LoraError, match="it was changed while it was sent"):
+        uploads.send(upload, Storage())
+    caption.write_text(meant)
+    assert dataset(job_file).folder == upload.folder
+    assert sent(account, job_file) == (["0.txt"], [])
+    assert Storage().read(upload.folder / "2_shape/0.txt", limit=1 << 20) == meant.encode()
+
+
 def test_a_file_that_changes_meanwhile(account: Account, job_file: Path, pictures_of_mine: Path) -> None:
     upload = dataset(job_file)
     (pictures_of_mine / "0.txt").write_text("something quite different")
@@ -190,13 +205,15 @@ def test_a_large_file_goes_on_where_it_was_cut_off(
     assert not account.client("s3").list_multipart_uploads(Bucket=BUCKET).get("Uploads")
 
 
-def test_parts_of_another_size_are_sent_again(account: Account, large: Upload) -> None:
-    """They are of another program, or of one that was changed."""
+@pytest.mark.parametrize("size", [5 << 20, PART])
+def test_parts_of_another_file_are_sent_again(account: Account, large: Upload, size: int) -> None:
+    """They are of another program, or of the file as it was."""
     client = account.client("s3")
     place = {"Bucket": BUCKET, "Key": (large.folder / "large.safetensors").key}
     begun = client.create_multipart_upload(**place)
-    client.upload_part(**place, UploadId=begun["UploadId"], PartNumber=1, Body=b"x" * (5 << 20))
+    client.upload_part(**place, UploadId=begun["UploadId"], PartNumber=1, Body=b"x" * size)
     account.calls.clear()
     uploads.send(large, Storage())
     assert {one["PartNumber"] for one in account.made("UploadPart")} == {1, 2, 3, 4}
-    assert account.client("s3").head_object(**place)["ContentLength"] == large.size
+    content = account.client("s3").get_object(**place)["Body"].read()
+    assert content == large.files["large.safetensors"].read_bytes()
