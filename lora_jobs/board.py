@@ -1,6 +1,7 @@
 """Shows the curves of jobs in TensorBoard on this machine, and goes on while they grow, until Ctrl-C."""
 
 import argparse
+import json
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import webbrowser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from entrypoint.console import say, warn
 from lora_jobs.aws import Aws
@@ -21,12 +23,14 @@ EVERY = 10.0  # seconds between two looks for what has been logged
 _PORT = 6006  # TensorBoard's own
 _OVERLAP = 1024  # bytes that are fetched again, to see whether they are still the same
 _STARTS = 60.0  # seconds that TensorBoard has to start
+_TOLD = 2000  # bytes of what it says, where it ends
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job(parser, several=True)
     parser.add_argument("--port", type=int, help=f"of TensorBoard ({_PORT}, or a free one)")
     parser.add_argument("--no-browser", action="store_true", help="print the address, and open nothing")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, and open nothing")
     parser.add_argument("--every", type=float, default=EVERY, metavar="SECONDS", help=argparse.SUPPRESS)
 
 
@@ -41,16 +45,21 @@ def run(arguments: argparse.Namespace) -> int:
             one.look()
             if not one.files:
                 warn(f"{one.job} has logged nothing yet; its curve appears when it does.")
-        with _tensorboard(folder, port) as board:
+        with tempfile.TemporaryFile() as said, _tensorboard(folder, port, said) as board:
             address = f"http://127.0.0.1:{port}/"
-            _wait_for(board, port)
-            say(f"TensorBoard shows {', '.join(one.job for one in runs)} on {address} until Ctrl-C.")
-            if not arguments.no_browser:
+            if not _answers(board, port):
+                raise LoraError(f"TensorBoard did not start on port {port}. {_last(said)}")
+            shown = [one.job for one in runs]
+            if arguments.json:
+                say(json.dumps({"address": address, "jobs": shown}))
+            else:
+                say(f"TensorBoard shows {', '.join(shown)} on {address} until Ctrl-C.")
+            if not arguments.no_browser and not arguments.json:
                 webbrowser.open(address)
             while board.poll() is None:
                 time.sleep(arguments.every)
                 _look(runs)
-        raise LoraError(f"TensorBoard ended with exit code {board.returncode}; its own words are above")
+            raise LoraError(f"TensorBoard ended with exit code {board.returncode}. {_last(said)}")
 
 
 class Run:
@@ -118,13 +127,14 @@ def _look(runs: Sequence[Run]) -> None:
 
 
 @contextmanager
-def _tensorboard(folder: Path, port: int) -> Iterator["subprocess.Popen[bytes]"]:
-    """TensorBoard as a child, which ends with the block."""
+def _tensorboard(folder: Path, port: int, said: IO[bytes]) -> Iterator["subprocess.Popen[bytes]"]:
+    """TensorBoard as a child, which ends with the block. What it says goes to `said`."""
     command = [sys.executable, "-m", "tensorboard.main", f"--logdir={folder}", "--host=127.0.0.1"]
     with subprocess.Popen(
         [*command, f"--port={port}", "--reload_interval=5"],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+        stdout=said,
+        stderr=subprocess.STDOUT,
         start_new_session=True,  # Ctrl-C is for us; then we end it
     ) as board:
         try:
@@ -138,14 +148,20 @@ def _tensorboard(folder: Path, port: int) -> Iterator["subprocess.Popen[bytes]"]
                 board.kill()
 
 
-def _wait_for(board: "subprocess.Popen[bytes]", port: int) -> None:
-    """Until it answers. Raises LoraError where it does not."""
+def _answers(board: "subprocess.Popen[bytes]", port: int) -> bool:
+    """Wait until it answers; False where it does not."""
     end = time.monotonic() + _STARTS
     while board.poll() is None and time.monotonic() < end:
         with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            return
+            return True
         time.sleep(0.1)
-    raise LoraError(f"TensorBoard did not start on port {port}; its own words are above")
+    return False
+
+
+def _last(said: IO[bytes]) -> str:
+    """The end of what TensorBoard said."""
+    said.seek(0)
+    return f"It said: {said.read()[-_TOLD:].decode(errors='replace').strip() or 'nothing'}"
 
 
 def _free_port(asked: int | None) -> int:
