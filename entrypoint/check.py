@@ -99,7 +99,7 @@ def check(request: JobRequest, tree: Tree, scratch: Path, storage: Storage) -> P
     """Look at everything that was named, without fetching it. Raises Unfit with every problem found."""
     found = examine(request, find_gpu(), storage, Here(tree, scratch))
     if found.problems or found.plan is None:
-        raise Unfit(found.problems)
+        raise Unfit(found.problems, found.merged)
     return found.plan
 
 
@@ -259,7 +259,7 @@ def _machine(gpu: Gpu | None, *, here: bool = True) -> Sequence[Setting]:
     For a GPU without a preset bf16 from compute capability 8.0, else fp16; none on a CPU.
     """
     precision = "no" if gpu is None else "bf16" if (gpu.capability or 0) >= 8 else "fp16"
-    where = "this machine has no GPU"
+    where = "this machine has no GPU" if here else "a machine without a GPU"
     if gpu is not None:
         where = f"{gpu.name}, compute capability {gpu.capability or 'unknown'}"
     workers = Setting("max_data_loader_n_workers", _workers(), "this machine's cores and /dev/shm")

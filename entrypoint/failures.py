@@ -12,6 +12,7 @@ Stopped             143  SIGTERM: SageMaker stops the job; no failure file is wr
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from kohya.config import Merged
 from kohya.problem import Problem
 
 __all__ = ["BadLora", "JobError", "Outage", "Problem", "Stopped", "StorageError", "TrainerFailed", "Unfit"]
@@ -24,12 +25,13 @@ class JobError(Exception):
 
 
 class Unfit(JobError):
-    """The request cannot be trained. All its problems are told together."""
+    """The request cannot be trained. All its problems are told together, of `merged` as far as that came."""
 
     exit_code = 2
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    def __init__(self, problems: Sequence[Problem], merged: Merged | None = None) -> None:
         self.problems = tuple(problems)
+        self.merged = merged
         if len(self.problems) == 1:
             super().__init__(str(self.problems[0]))
         else:

@@ -6,11 +6,12 @@ Nothing in it comes from elsewhere, no script runs in it, and it stays below 3 M
 import json
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from entrypoint import console, contract, files, stops
 from entrypoint.console import hidden, redact, warn
@@ -39,11 +40,13 @@ class Ending:
     exit_code: int
     cause: str
     problems: Sequence[Problem] = ()  # that the cause is made of, where it is made of some
+    merged: Merged | None = None  # the configuration that they are of
 
     @classmethod
     def of(cls, exit_code: int, cause: str, error: BaseException | None) -> "Ending":
         """That of a job which `error` ended."""
-        return cls(exit_code, cause, error.problems if isinstance(error, Unfit) else ())
+        unfit = (error.problems, error.merged) if isinstance(error, Unfit) else ()
+        return cls(exit_code, cause, *unfit)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def publish(job: Job, ending: Ending, event_log: Path | None, outbox: Outbox) ->
         return
     try:
         with job.stage("report"):
-            text = page(job, ending, _drawn(job, event_log) if left > _DRAWING_SECONDS else Drawn())
+            text = page(job, ending, draw(job, event_log) if left > _DRAWING_SECONDS else Drawn())
             with whole(target) as part:
                 part.write_text(text, encoding="utf-8", errors="backslashreplace")
             request = job.request
@@ -83,24 +86,20 @@ def publish(job: Job, ending: Ending, event_log: Path | None, outbox: Outbox) ->
         warn(f"{NAME} could not be made or published, and the job's results are not touched: {fault}")
 
 
-def _drawn(job: Job, event_log: Path | None) -> Drawn:
-    """All that can be drawn; nothing, and a warning, where there is a fault in it."""
-    try:
-        return draw(job, event_log)
-    except Exception as fault:  # an event log or a picture may be anything
-        warn(f"{NAME} has neither curves nor pictures: {fault}")
-        return Drawn()
-
-
 def draw(job: Job, event_log: Path | None) -> Drawn:
-    """Curves and pictures, as far as the job has come."""
-    loss, rates, last = None, None, None
-    if event_log and event_log.is_file():
-        spare = stops.seconds_left() - thumbnails.LAST_SECONDS
-        if event_log.stat().st_size / _READ_BYTES < spare:
-            loss, rates, last = _curves(event_log)
-    samples, more = thumbnails.of_samples(job)
-    return Drawn(loss, rates, last, thumbnails.of_data_set(job), samples, more)
+    """Curves and pictures, as far as the job has come; with a warning for what has a fault."""
+    drawn = Drawn()
+    parts: Mapping[str, Callable[[Job, Path | None], Mapping[str, Any]]] = {
+        "curves": _curves,
+        "sample pictures": _samples,
+        "pictures of the data set": lambda job, _: {"pictures": thumbnails.of_data_set(job)},
+    }
+    for what, make in parts.items():
+        try:
+            drawn = replace(drawn, **make(job, event_log))
+        except Exception as fault:  # an event log or a picture may be anything
+            warn(f"{NAME} has no {what}: {fault}")
+    return drawn
 
 
 def page(job: Job, ending: Ending, drawn: Drawn) -> str:
@@ -114,7 +113,7 @@ def page(job: Job, ending: Ending, drawn: Drawn) -> str:
     template = environment.from_string(
         resources.files("entrypoint.report").joinpath("page.html").read_text(encoding="utf-8")
     )
-    plan, merged = job.plan, _merged(job)
+    plan, merged = job.plan, _merged(job) or ending.merged
     facts = job.looked.facts if job.looked else None
     seconds = {name: took for name, took in job.seconds.items() if name != "report"}
     return template.render(
@@ -291,18 +290,27 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
 
 
-# -- in curves --------------------------------------------------------------------------------------
+# -- in curves and pictures: parts of Drawn, by their names -----------------------------------------
 
 
-def _curves(event_log: Path) -> tuple[str | None, str | None, int | None]:
+def _curves(_: Job, event_log: Path | None) -> Mapping[str, Any]:
     """Loss and learning rates as SVG, and the last step that was logged."""
     from entrypoint.report import curves  # noqa: PLC0415 — with numpy and more, and few jobs end without
 
+    if event_log is None or not event_log.is_file():
+        return {}
+    if event_log.stat().st_size / _READ_BYTES > stops.seconds_left() - thumbnails.LAST_SECONDS:
+        return {}
+    loss, rates = curves.read(event_log)
+    if loss is None or not len(loss.steps):
+        return {}
     try:
-        loss, rates = curves.read(event_log)
-        if loss is None or not len(loss.steps):
-            return None, None, None
-        return curves.of_loss(loss), curves.of_rates(rates) if rates else None, int(loss.steps.max())
+        drawn = {"loss": curves.of_loss(loss), "rates": curves.of_rates(rates) if rates else None}
     except ImportError as absent:
-        warn(f"{NAME} has no curves: {absent}. Type: pip install 'sagemaker-kohya[train]'")
-        return None, None, None
+        raise ValueError(f"{absent}. Type: pip install 'sagemaker-kohya[train]'") from absent
+    return {**drawn, "last_step": int(loss.steps.max())}
+
+
+def _samples(job: Job, _: Path | None) -> Mapping[str, Any]:
+    shown, more = thumbnails.of_samples(job)
+    return {"samples": shown, "more_samples": more}

@@ -101,6 +101,11 @@ def test_an_unfit_job_lists_its_problems_with_what_to_do(tmp_path: Path) -> None
     assert page.at("Unfit: 2 problems") < page.at("hyperparameter seed") < page.at("Write seed = 1.")
     assert page.words[page.at("y. Is it z?")] == "y. Is it z?"
     assert not page.pictures
+    assert "hyperparameter train_batch_size" not in page.words
+    setting = config.Setting("train_batch_size", 3, "hyperparameter train_batch_size")
+    error = Unfit(problems, config.merge("sd15", [[setting]]))
+    page = Page(html(job, report.Ending.of(2, str(error), error)))
+    assert page.at("train_batch_size") < page.at("hyperparameter train_batch_size")
 
 
 def test_of_a_stopped_job_that_it_was_stopped(job: Job, tmp_path: Path) -> None:
@@ -253,14 +258,24 @@ def test_a_fault_is_a_warning(job: Job, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_what_cannot_be_drawn_is_left_out(
-    job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
-        raise ValueError("no event log at all")
+    """And nothing else is, because of it."""
 
-    monkeypatch.setattr(report, "draw", broken)
-    assert "Completed" in published(job).read_text()
-    assert "neither curves nor pictures: no event log at all" in capsys.readouterr().err
+    def broken(*_: object) -> None:
+        raise ValueError("it is odd")
+
+    log = write_log(tmp_path / "log", 3)
+    for name, told in (("of_samples", "sample pictures"), ("of_data_set", "pictures of the data set")):
+        with monkeypatch.context() as patch:
+            patch.setattr(report.thumbnails, name, broken)
+            page = Page(html(job, event_log=log))
+        assert any(tag == "svg" for tag, _ in page.tags)
+        assert bool(page.pictures) == (name != "of_data_set")
+        assert capsys.readouterr().err == f"WARNING: report.html has no {told}: it is odd\n"
+    log.write_bytes(b"no event log at all")
+    page = Page(html(job, event_log=log))
+    assert page.pictures
 
 
 @pytest.mark.parametrize(
