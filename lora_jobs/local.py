@@ -8,6 +8,7 @@ import argparse
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -51,10 +52,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(shlex.join(["env", *(f"{name}={value}" for name, value in told.items()), *words]))
         return 0
+    environment = {**os.environ, **told}
+    if code := subprocess.run(words, env={**environment, "CHECK_ONLY": "1"}, check=False).returncode:
+        return code
     _set_up(draft, out)
     console.say(f"{draft.values['name']}: runs in {image}; what comes out lies in {out}")
     # In its place: signals reach the job, and its exit code is ours.
-    return os.execvpe(words[0], words, {**os.environ, **told})
+    return os.execvpe(words[0], words, environment)
 
 
 def _of_this_machine(draft: Draft) -> Draft:

@@ -131,9 +131,10 @@ def test_an_unfit_job_is_not_run(programs: Programs, job_file: Path) -> None:
 
 def test_a_refusal_of_the_script_is_ours(programs: Programs, job_file: Path) -> None:
     programs.forget("image")
-    code, _, err = lora(programs, "job.toml", "--image", IMAGE, cwd=job_file.parent)
+    code, out, err = lora(programs, "job.toml", "--image", IMAGE, cwd=job_file.parent)
     assert code == 1
-    assert err.startswith(f"ERROR: image {IMAGE}: it is not here.")
+    assert (out, err.startswith(f"ERROR: image {IMAGE}: it is not here.")) == ("", True)
+    assert not (job_file.parent / "cat-ml").exists()
 
 
 def test_the_script_is_the_one_of_make_run() -> None:
