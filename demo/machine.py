@@ -44,6 +44,7 @@ _SAID = {  # assumption: the words, as the console shows them
     "Failed": "Training job failed",
     "Stopped": "Training job stopped",
     "MaxRuntimeExceeded": "Training job runtime exceeded MaxRuntimeInSeconds",
+    "MaxWaitTimeExceeded": "Training job waited longer than MaxWaitTimeInSeconds",
 }
 
 
@@ -137,7 +138,10 @@ class Job:
                 shutil.rmtree(machine, ignore_errors=True)
 
     def _attempt(self, machine: Path) -> tuple[str, int]:
-        """One machine's work: how it ended (ran, stopped, interrupted, overtime, vanished), its exit code."""
+        """One machine's work: how it ended, and its exit code.
+
+        How: ran, stopped, interrupted, vanished, or the status of what it went beyond, as MaxRuntimeExceeded.
+        """
         tree = machine / "ml"
         self._become("Downloading")
         self._configure(tree)
@@ -181,7 +185,9 @@ class Job:
         threading.Thread(target=_hear, args=(process.stdout, said), daemon=True).start()
         stream = f"{self.name}/algo-1-{time.time_ns() // 1_000_000}"
         self._logs.create_log_stream(logGroupName=GROUP, logStreamName=stream)
-        overtime = time.monotonic() + self.request["StoppingCondition"].get("MaxRuntimeInSeconds", 86400)
+        limits = self.request["StoppingCondition"]
+        overtime = time.time() + limits.get("MaxRuntimeInSeconds", 86400)
+        overdue = self.description["CreationTime"] + limits.get("MaxWaitTimeInSeconds", float("inf"))
         how, killed = "ran", float("inf")
         while True:
             lines, ended = _waiting(said)
@@ -189,7 +195,7 @@ class Job:
             self._sync(tree)
             if ended:
                 return how
-            if how == "ran" and (asked := self._asked(overtime)):
+            if how == "ran" and (asked := self._asked(overtime, overdue)):
                 how, killed = asked, time.monotonic() + (self._notice if asked == "interrupted" else _NOTICE)
                 process.send_signal(signal.SIGTERM)
             if self._vanish.is_set() or time.monotonic() > killed:
@@ -197,20 +203,22 @@ class Job:
                 how = "vanished" if self._vanish.is_set() else how
             time.sleep(_TICK)
 
-    def _asked(self, overtime: float) -> str | None:
+    def _asked(self, overtime: float, overdue: float) -> str | None:
         if self._interrupt.is_set():
             self._interrupt.clear()
             return "interrupted"
         if self._stop.is_set():
             return "stopped"
-        return "overtime" if time.monotonic() > overtime else None
+        if time.time() > overdue:
+            return "MaxWaitTimeExceeded"
+        return "MaxRuntimeExceeded" if time.time() > overtime else None
 
     def _finish(self, how: str, code: int, failure: Path) -> None:
         """The job's last state. A job that was stopped is Stopped whatever its exit code."""
         if how == "stopped":
             self._end("Stopped")
-        elif how == "overtime":
-            self._end("Stopped", status="MaxRuntimeExceeded")
+        elif how in ("MaxRuntimeExceeded", "MaxWaitTimeExceeded"):
+            self._end("Stopped", status=how)
         elif code == 0:
             self._end("Completed")
         else:
@@ -336,7 +344,10 @@ class Job:
             self._send(tree / "output" / "tensorboard", where)
 
     def _upload(self, tree: Path) -> None:
-        """What is left at the end, also of a job that failed or was stopped."""
+        """What is left at the end, also of a job that failed or was stopped.
+
+        CompressionType is said to be of the model; that output/data is packed all the same is an assumption.
+        """
         if self._raw:
             self._send(tree / "model", f"{self._output}/output/model")
         else:

@@ -104,13 +104,15 @@ class SageMaker:
         role, spot = request["RoleArn"], request.get("EnableManagedSpotTraining", False)
         stopping, resources = request["StoppingCondition"], request["ResourceConfig"]
         try:
-            self._iam.get_role(RoleName=role.rpartition("/")[2])
+            known = self._iam.get_role(RoleName=role.rpartition("/")[2])["Role"]["Arn"]
         except ClientError:
+            known = ""
+        if known != role:
             raise Refused(
                 "ValidationException",
                 f"Could not assume role {role}. Please ensure that the role exists and allows principal "
                 "'sagemaker.amazonaws.com' to assume the role.",
-            ) from None
+            )
         self._check_image(request["AlgorithmSpecification"]["TrainingImage"])
         longest, wait = stopping.get("MaxRuntimeInSeconds", 86400), stopping.get("MaxWaitTimeInSeconds")
         if spot and (wait is None or wait < longest):
@@ -140,13 +142,17 @@ class SageMaker:
             raise Refused("ValidationException", f"The bucket {bucket} does not exist") from None
 
     def _check_image(self, image: str) -> None:
-        repository, _, digest = image.partition("/")[2].partition("@")
+        registry, _, rest = image.partition("/")
+        repository, _, digest = rest.partition("@")
         repository, _, tag = repository.partition(":")
         known = {"imageDigest": digest} if digest else {"imageTag": tag or "latest"}
         try:
-            self._ecr.describe_images(repositoryName=repository, imageIds=[known])
+            if registry == IMAGE.partition("/")[0]:
+                self._ecr.describe_images(repositoryName=repository, imageIds=[known])
+                return
         except ClientError:
-            raise Refused("ValidationException", f"Cannot find Requested image: {image}.") from None
+            pass
+        raise Refused("ValidationException", f"Cannot find Requested image: {image}.")
 
     def _check_channel(self, uri: str) -> None:
         try:

@@ -187,6 +187,12 @@ def test_it_is_asked_to_stop(stopping: bool, secondary: str, started: Callable[.
         assert "asked to stop" in job.lines
 
 
+def test_a_spot_job_has_waited_too_long(started: Callable[..., Job]) -> None:
+    limits = {"MaxRuntimeInSeconds": 600, "MaxWaitTimeInSeconds": 2}
+    told = ended(started(WAITS, StoppingCondition=limits, EnableManagedSpotTraining=True))
+    assert (told["TrainingJobStatus"], told["SecondaryStatus"]) == ("Stopped", "MaxWaitTimeExceeded")
+
+
 def test_an_interrupted_machine_leaves_only_its_checkpoints(started: Callable[..., Job]) -> None:
     """With everything that ran on it."""
     checkpoints = {"S3Uri": f"s3://{BUCKET}/checkpoints/{time.time_ns()}"}

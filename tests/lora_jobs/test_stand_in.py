@@ -57,6 +57,16 @@ def test_a_name_is_taken_once(sagemaker: Any, request_: dict[str, Any]) -> None:
     ("changed", "said"),
     [
         ({"RoleArn": f"{ROLE}-2"}, "Could not assume role"),
+        ({"RoleArn": ROLE.replace("123456789012", "210987654321")}, "Could not assume role"),
+        (
+            {
+                "AlgorithmSpecification": {
+                    "TrainingImage": IMAGE.replace("us-east-1", "us-east-2"),
+                    "TrainingInputMode": "File",
+                }
+            },
+            "image",
+        ),
         ({"AlgorithmSpecification": {"TrainingImage": f"{IMAGE}.9", "TrainingInputMode": "File"}}, "image"),
         ({"OutputDataConfig": {"S3OutputPath": "s3://nobodys/loras"}}, "bucket nobodys does not exist"),
         ({"EnableManagedSpotTraining": True}, "Invalid MaxWaitTimeInSeconds"),
