@@ -175,16 +175,20 @@ def show(report: Report, *, as_json: bool) -> None:
 
 
 def look(
-    arguments: Sequence[str], *, gpu: str | None = None, pictures: bool = False, tree: Tree | None = None
+    arguments: Sequence[str],
+    *,
+    gpu: str | Gpu | None = None,
+    pictures: bool = False,
+    tree: Tree | None = None,
 ) -> Report:
     """Find out all about a job that is asked for by these flags, and by what is in `tree`.
 
     `tree`: None for the one that a job would find here.
-    `gpu`: a name of configs/gpu to check for, or none; None: this machine's. Where it has none, the job is
-    taken to be for some GPU that has bf16, and nothing is refused for want of a GPU.
+    `gpu`: the one to check for, itself or by a name of configs/gpu, or none; None: this machine's. Where it
+    has none, the job is taken to be for some GPU that has bf16, and nothing is refused for want of a GPU.
     """
     storage, problems = Storage(), list[Problem]()
-    meant = _gpu(gpu, problems)
+    meant = gpu if isinstance(gpu, Gpu) else _gpu(gpu, problems)
     try:
         request = resolve(arguments, tree or Tree.from_environment(), storage)
     except Unfit as error:
@@ -194,7 +198,7 @@ def look(
     unread = "dataset_config" in found.merged.values  # and so nothing is left out that another would not be
     data_sets = [one for one in (found.dataset, found.reg) if one is not None and (one.subsets or not unread)]
     notes = [note for data_set in data_sets for note in data_set.notes] + list(found.merged.notes)
-    if meant is UNNAMED:
+    if gpu is None and meant is UNNAMED:
         notes.append(f"the values suit a GPU with bf16; for another one type --gpu={'|'.join(NAMED)}|none")
     told = None
     if found.dataset is not None and found.dataset.pictures:
@@ -254,8 +258,6 @@ def _gpu(name: str | None, problems: list[Problem]) -> Gpu | None:
         return find_gpu() or UNNAMED
     if name.lower() == "none":
         return None
-    if name == "unknown":  # of another machine, which is not this one
-        return UNNAMED
     if name.lower() not in NAMED:
         wrong = f"{name!r} is not one of {', '.join(NAMED)}, none"
         problems.append(Problem("flag --gpu", wrong, config.nearest(name.lower(), NAMED)))

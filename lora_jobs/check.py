@@ -9,22 +9,31 @@ import json
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from botocore.session import get_session
+
 from entrypoint import checked
 from entrypoint.checked import Report
 from entrypoint.contract import Tree
+from entrypoint.gpu import NAMED, UNNAMED, Gpu
+from kohya import config
 from kohya.problem import Problem
 from lora_jobs.job_file import CHANNELS, Draft, as_text, where
 
-# The GPU of an instance's family: https://aws.amazon.com/sagemaker/ai/pricing/, "Accelerated computing". What
-# is not here has a GPU for which there is no preset; the values then suit one with bf16.
+# The GPU of an instance's family, and how many a size has, if not one:
+# https://aws.amazon.com/sagemaker/ai/pricing/, "Accelerated computing". What is not here has a GPU for which
+# there is no preset; the values then suit one with bf16.
+_A100 = NAMED["a100"]
 _GPUS = {
-    "g4dn": "t4", "g5": "a10g", "g6": "l4", "gr6": "l4", "g6e": "l40s", "p4d": "a100", "p4de": "a100",
-    "p5": "h100",
+    "g4dn": NAMED["t4"], "g5": NAMED["a10g"], "g6": NAMED["l4"], "g6e": NAMED["l40s"],
+    "p4d": _A100, "p4de": replace(_A100, memory=81920 << 20), "p5": NAMED["h100"],
 }  # fmt: skip
+_COUNTS = {"12xlarge": 4, "24xlarge": 4, "48xlarge": 8}
+_COUNTS_OF_P4 = {"24xlarge": 8}
 _WITHOUT_GPU = re.compile(r"ml\.[cmrt]\d")
 
 
@@ -52,20 +61,42 @@ def look(draft: Draft, *, pictures: bool = False) -> Report:
         config = Path(folder, "input", "config")
         config.mkdir(parents=True)
         (config / "hyperparameters.json").write_text(json.dumps(asked))
-        report = checked.look([], gpu=gpu_of(draft), pictures=pictures, tree=Tree(Path(folder)))
+        gpu = gpu_of(draft)
+        report = checked.look([], gpu=gpu, pictures=pictures, tree=Tree(Path(folder)))
+    report = replace(report, notes=(*report.notes, *_notes(_instance(draft), gpu)))
     absent = {channel for key, channel in CHANNELS.items() if key in unfit or key not in draft.values}
     found = [one for one in report.problems if one.where not in absent]  # the job file's own say why
     return _named(replace(report, problems=tuple(found)), draft, asked)
 
 
-def gpu_of(draft: Draft) -> str | None:
-    """The name of the GPU of the job file's instance, "none", or "unknown"; None where none is named."""
+def gpu_of(draft: Draft) -> Gpu | str | None:
+    """The GPUs of the job file's instance, or "none"; None where no instance is named, as for `lora run`."""
+    instance = _instance(draft)
+    if not instance or _WITHOUT_GPU.match(instance):
+        return "none" if instance else None
+    _, family, size = [*instance.split("."), "", ""][:3]
+    if family not in _GPUS:
+        return UNNAMED
+    counts = _COUNTS_OF_P4 if family.startswith("p4") else _COUNTS
+    return replace(_GPUS[family], count=counts.get(size, 1))
+
+
+def _notes(instance: str, gpu: Gpu | str | None) -> Iterator[str]:
+    """What is not known of an instance."""
+    if not instance:
+        return
+    named = get_session().get_service_model("sagemaker").shape_for("TrainingInstanceType")
+    types: list[str] = named.metadata["enum"]
+    if instance not in types:
+        meant = config.nearest(instance, types)
+        yield f"instance = {instance} is not among the types that boto3 knows. {meant}"
+    elif gpu is UNNAMED:
+        yield f"{instance}: its GPU is not one of {', '.join(NAMED)}; the values suit one with bf16"
+
+
+def _instance(draft: Draft) -> str:
     table = draft.values.get("sagemaker")
-    instance = str(table.get("instance", "")) if isinstance(table, dict) else ""
-    if _WITHOUT_GPU.match(instance):
-        return "none"
-    family = instance.split(".")[1] if instance.count(".") == 2 else ""
-    return _GPUS.get(family, "unknown") if instance else None
+    return str(table.get("instance", "")) if isinstance(table, dict) else ""
 
 
 def hyperparameters(draft: Draft) -> dict[str, str]:

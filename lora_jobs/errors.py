@@ -31,6 +31,7 @@ def is_missing(error: "ClientError") -> bool:
     return code.startswith("Validation") and bool(re.search(_NO_SUCH_JOB, message))
 
 
+_LONGEST = 400  # characters of what AWS says
 _NO_SUCH_JOB = r"(?i)requested resource not found|could not find training job"
 
 # What SageMaker, ECR and STS answer: a code, what its message holds, and the sentence made of its groups.
@@ -71,8 +72,12 @@ _ANSWERS: tuple[tuple[str, str, _Made], ...] = (
     ),
     (
         "ValidationException",
-        r"(?i)value '(?P<type>ml\.[^']+)' at '[^']*instanceType'",
-        lambda m: Problem("[sagemaker] instance", f"there is no instance type {m['type']}", "Correct it"),
+        r"(?i)value (?:'(?P<type>[^']*)' )?at '[^']*instanceType'",
+        lambda m: Problem(
+            "[sagemaker] instance",
+            f"SageMaker trains on no instance of the type {m['type'] or 'that is named'}",
+            "Correct it: https://aws.amazon.com/sagemaker/ai/pricing/ lists them",
+        ),
     ),
     (
         "ValidationException",
@@ -160,7 +165,10 @@ def _answered(error: "ClientError") -> Problem:
 def _told(error: "ClientError") -> tuple[str, str]:
     """The code and the message."""
     told = error.response.get("Error", {})
-    return str(told.get("Code", "")), str(told.get("Message", "")).rstrip(". ")
+    message = " ".join(str(told.get("Message", "")).split())
+    if len(message) > _LONGEST:  # it then lists all that there is
+        message = f"{message[:_LONGEST].rpartition(' ')[0]} …"
+    return str(told.get("Code", "")), message.rstrip(". ")
 
 
 def _unanswered(error: "BotoCoreError") -> Problem:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from entrypoint.console import say
 from lora_jobs.aws import Aws
 from lora_jobs.errors import LoraError
-from lora_jobs.jobs import Status, add_job, describe, find
+from lora_jobs.jobs import OVER, Status, add_job, describe, find
 
 if TYPE_CHECKING:
     from entrypoint.storage import RemoteObject, Storage
@@ -38,9 +38,10 @@ class Fetched:
     folder: Path
     loras: tuple[Path, ...]  # verified
     files: tuple[Path, ...]  # everything else
+    failure: str | None = None  # why the job failed, if it did
 
     def as_json(self) -> dict[str, object]:
-        told = {"job": self.job, "status": self.status, "folder": str(self.folder)}
+        told = {"job": self.job, "status": self.status, "failure": self.failure, "folder": str(self.folder)}
         return {**told, "loras": [*map(str, self.loras)], "files": [*map(str, self.files)]}
 
 
@@ -67,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         path.parent != fetched.folder)}):  # fmt: skip
         say(f"  {folder}/")
     if not fetched.loras:
-        say("  no LoRA yet" if fetched.status in ("InProgress", "Stopping") else "  no LoRA")
+        yet = " yet" * (fetched.status not in OVER)
+        say(f"  no LoRA{yet}" + (f", for the job failed: {fetched.failure}" if fetched.failure else ""))
     return 0
 
 
@@ -96,7 +98,8 @@ def fetch(job: str, folder: Path | None = None, *, aws: Aws | None = None) -> Fe
     paths = (paths - tars) | {file for tar in tars for file in _unpack(tar, folder, paths)}
     loras = sorted(path for path in paths if path.suffix == ".safetensors" and path.parent == folder)
     _verify(loras, folder, told.get("HyperParameters", {}).get("output_name", "lora"))
-    return Fetched(job, status.status, folder, tuple(loras), tuple(sorted(paths - set(loras))))
+    rest = tuple(sorted(paths - set(loras)))
+    return Fetched(job, status.status, folder, tuple(loras), rest, status.failure)
 
 
 def _wanted(output: str, lora: str | None, storage: "Storage") -> dict[str, "RemoteObject"]:

@@ -335,7 +335,7 @@ def _explained(fault: Mapping[str, Any], places: list[str]) -> tuple[str, str]:
         told = "it is neither a number, true or false, a text, nor a list of these"
         return told, "sd-scripts' options are no tables; write its value alone"
     told = str(fault["msg"]).removeprefix("Input should be ").rstrip(".")
-    return f"{str(value)[:80]!r} does not do; expected {told}", "Correct it"
+    return f"expected {told}, found {str(value)[:80]!r}", "Correct it"
 
 
 def _meant(name: str, known: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ import argparse
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,8 @@ _OVERTIME = {
     "MaxRuntimeExceeded": ": max_runtime_hours are over",
     "MaxWaitTimeExceeded": ": max_wait_hours are over",
 }
-_ATTEMPT = r"-[0-9a-f]{8}(-\d{1,4})?"  # how a job's name goes on after the job file's
+_NUMBER = r"(-\d{1,4})?"  # of an attempt, from the second on
+_ATTEMPT = rf"-[0-9a-f]{{8}}{_NUMBER}"  # how a job's name goes on after the job file's
 _OURS = re.compile(rf"[a-z0-9][a-z0-9-]*{_ATTEMPT}")
 _STAGE = re.compile(r"(check|fetch|prepare|train|verify|publish): ")
 _STEP = re.compile(r"step=\d+/\d+ ")
@@ -51,13 +52,15 @@ class Progress:
             return self._at(dict(_FIELD.findall(line)))
         if found := _STAGE.match(line):
             stage = found[1]
+            if stage == "publish" and self.stage == "train" and self.step != self.steps:
+                return self  # a LoRA or the event log, while the training goes on
         elif line.startswith("done in "):
             stage = "publish"
         elif not line or line.startswith(_OTHERS) or self.stage is None:
             return self
         else:
             stage = "train"  # the trainer's own words have no prefix
-        return Progress(**{**_plain(self), "stage": stage})
+        return replace(self, stage=stage)
 
     def _at(self, told: Mapping[str, str]) -> "Progress":
         step, steps = (int(number) for number in told["step"].split("/"))
@@ -106,6 +109,9 @@ class Status:
         billable = running if billed is None else billed
         name = told["TrainingJobName"]
         resources = told["ResourceConfig"]
+        progress = progress or Progress()
+        if ended:
+            progress = replace(progress, eta_seconds=None)
         return Status(
             job=name,
             status=told["TrainingJobStatus"],
@@ -120,7 +126,7 @@ class Status:
             billed=billed is not None,
             cost=None if price is None else round(price * billable / 3600, 4),
             failure=_cause(told.get("FailureReason")),
-            progress=progress or Progress(),
+            progress=progress,
         )
 
     @property
@@ -161,12 +167,15 @@ class Log:
         """The lines that have come since; none before the job's first word."""
         from botocore.exceptions import ClientError  # noqa: PLC0415 (lora --help needs none)
 
+        tokens = dict(self._tokens)
         try:
-            return [line for stream in self._streams() for line in self._new(stream)]
+            lines = [line for stream in self._streams() for line in self._new(stream, tokens)]
         except ClientError as error:
             if error.response["Error"]["Code"] == "ResourceNotFoundException":
                 return []
             raise
+        self._tokens = tokens  # not sooner: what was read when another stream failed is read again
+        return lines
 
     def _streams(self) -> list[str]:
         pages = self._logs.get_paginator("describe_log_streams").paginate(
@@ -174,17 +183,17 @@ class Log:
         )
         return [stream["logStreamName"] for page in pages for stream in page["logStreams"]]
 
-    def _new(self, stream: str) -> Iterator[Line]:
+    def _new(self, stream: str, tokens: dict[str, str]) -> Iterator[Line]:
         """A page may be empty and not the last; at the end the token stays the same (GetLogEvents)."""
         while True:
-            token = self._tokens.get(stream)
+            token = tokens.get(stream)
             asked: dict[str, Any] = {"nextToken": token} if token else {}
             page = self._logs.get_log_events(
                 logGroupName=GROUP, logStreamName=stream, startFromHead=True, **asked
             )
             for event in page["events"]:
                 yield Line(datetime.fromtimestamp(event["timestamp"] / 1000, UTC), event["message"].rstrip())
-            self._tokens[stream] = page["nextForwardToken"]
+            tokens[stream] = page["nextForwardToken"]
             if token == page["nextForwardToken"]:
                 return
 
@@ -243,6 +252,12 @@ def find(asked: str, region: str | None = None) -> tuple[Aws, str]:
         if made.fullmatch(name):
             return aws, name
     raise LoraError(f"{asked}: no job was made from it in {aws.region} yet. Type: lora submit {asked}")
+
+
+def attempts(aws: Aws, base: str) -> list[str]:
+    """The names of all jobs of a base name: it, and those with a number after it."""
+    pattern = re.compile(re.escape(base) + _NUMBER)
+    return [name for name in _names(aws, base) if pattern.fullmatch(name)]
 
 
 def _names(aws: Aws, contains: str = "") -> Iterator[str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from entrypoint import console
 from kohya.problem import Problem
 from lora_jobs.errors import LoraError
-from lora_jobs.jobs import OVER, described
+from lora_jobs.jobs import OVER, attempts, described
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,6 +38,7 @@ class Submitted:
     output: str  # the folder in S3 with its LoRAs
     request: Mapping[str, Any]  # the arguments of CreateTrainingJob; empty where nothing was to be started
     started: bool
+    after: str = ""  # the attempt before it that came to nothing, from whose states it goes on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,8 +102,9 @@ def submit(job_file: "JobFile | Path", *, again: bool = False, dry_run: bool = F
         job, name=name, base=base, image=image, channels=channels, volume_gb=request.volume_gb(plan)
     )
     output = request.loras(job, name)
+    before = found["TrainingJobName"] if found is not None and status != "Completed" else ""
     if dry_run:
-        return Submitted(name, "", "", output, asked, started=False)
+        return Submitted(name, "", "", output, asked, started=False, after=before)
     storage = Storage()
     for upload in local:
         uploads.send(upload, storage)
@@ -115,7 +117,7 @@ def submit(job_file: "JobFile | Path", *, again: bool = False, dry_run: bool = F
         if there is None:
             raise
         return _having(there, output)
-    return Submitted(name, arn, "InProgress", output, asked, started=True)
+    return Submitted(name, arn, "InProgress", output, asked, started=True, after=before)
 
 
 def _draft(job_file: "JobFile | Path") -> "Draft":
@@ -125,12 +127,15 @@ def _draft(job_file: "JobFile | Path") -> "Draft":
 
 
 def _attempts(base: str, aws: "Aws") -> tuple["Description | None", str]:
-    """The newest attempt at a job, and the name of the next one: NAME, NAME-2, NAME-3, …"""
-    newest, name, number = None, base, 1
-    while (there := described(aws, name)) is not None:
-        newest, number = there, number + 1
-        name = f"{base}-{number}"
-    return newest, name
+    """The newest attempt at a job, and the name of the next one: NAME, NAME-2, NAME-3, …
+
+    Listed, not asked for one by one: a job may be deleted, and then a row of attempts has a gap.
+    """
+    numbers = [1 if name == base else int(name.removeprefix(f"{base}-")) for name in attempts(aws, base)]
+    if not numbers:
+        return None, base
+    newest = max(numbers)
+    return described(aws, base if newest == 1 else f"{base}-{newest}"), f"{base}-{newest + 1}"
 
 
 def _having(found: "Description", output: str) -> Submitted:
@@ -141,7 +146,8 @@ def _having(found: "Description", output: str) -> Submitted:
 def _told(found: Submitted, file: Path) -> "Iterator[str]":
     """What is said at the end."""
     if found.started:
-        yield f"{found.name}: started"
+        more = f"; it goes on from the states of {found.after}" if found.after else ""
+        yield f"{found.name}: started{more}"
     elif found.status == "Completed":
         yield f"{found.name}: completed already; lora submit {file} --again starts another"
     elif found.status == "Stopping":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from entrypoint.gpu import UNNAMED, Gpu
 from entrypoint.storage import retries
 from lora_jobs.__main__ import main
 from lora_jobs.check import gpu_of, look
@@ -122,24 +123,72 @@ def test_storage_that_does_not_answer(
 
 
 @pytest.mark.parametrize(
-    ("instance", "gpu"),
+    ("instance", "name", "count", "gib"),
     [
-        ("ml.g4dn.xlarge", "t4"),
-        ("ml.g5.12xlarge", "a10g"),
-        ("ml.g6.xlarge", "l4"),
-        ("ml.g6e.xlarge", "l40s"),
-        ("ml.p4d.24xlarge", "a100"),
-        ("ml.p4de.24xlarge", "a100"),
-        ("ml.p5.48xlarge", "h100"),
-        ("ml.p3.2xlarge", "unknown"),
-        ("ml.m5.large", "none"),
-        ("ml.c6i.xlarge", "none"),
-        ("g5", "unknown"),
+        ("ml.g4dn.xlarge", "Tesla T4", 1, 15),
+        ("ml.g4dn.12xlarge", "Tesla T4", 4, 15),
+        ("ml.g5.16xlarge", "NVIDIA A10G", 1, 22),
+        ("ml.g5.24xlarge", "NVIDIA A10G", 4, 22),
+        ("ml.g5.48xlarge", "NVIDIA A10G", 8, 22),
+        ("ml.g6.xlarge", "NVIDIA L4", 1, 22),
+        ("ml.g6e.xlarge", "NVIDIA L40S", 1, 44),
+        ("ml.p4d.24xlarge", "NVIDIA A100", 8, 40),
+        ("ml.p4de.24xlarge", "NVIDIA A100", 8, 80),
+        ("ml.p5.4xlarge", "NVIDIA H100", 1, 79),
+        ("ml.p5.48xlarge", "NVIDIA H100", 8, 79),
+        ("ml.p3.2xlarge", UNNAMED.name, 1, None),
+        ("g5", UNNAMED.name, 1, None),
     ],
 )
-def test_the_gpu_of_an_instance(tmp_path: Path, instance: str, gpu: str) -> None:
-    draft = Draft.read(write(tmp_path / "job.toml", sagemaker=f'instance = "{instance}"'))
-    assert gpu_of(draft) == gpu
+def test_the_gpus_of_an_instance(
+    tmp_path: Path, instance: str, name: str, count: int, gib: int | None
+) -> None:
+    gpu = gpu_of(Draft.read(write(tmp_path / "job.toml", sagemaker=f'instance = "{instance}"')))
+    assert isinstance(gpu, Gpu)
+    assert (gpu.name, gpu.count, gpu.memory and gpu.memory >> 30) == (name, count, gib)
+
+
+@pytest.mark.parametrize("instance", ["ml.m5.large", "ml.c6i.xlarge"])
+def test_an_instance_without_a_gpu(tmp_path: Path, instance: str) -> None:
+    assert gpu_of(Draft.read(write(tmp_path / "job.toml", sagemaker=f'instance = "{instance}"'))) == "none"
+
+
+def test_an_instance_whose_gpu_has_no_preset_is_told(job_file: Path) -> None:
+    report = look(Draft.read(write(job_file, sagemaker='instance = "ml.g7.2xlarge"')))
+    assert report.notes[-1:] == (
+        "ml.g7.2xlarge: its GPU is not one of t4, a10g, l4, l40s, a100, h100; the values suit one with bf16",
+    )
+    assert not any("--gpu" in note for note in report.notes)
+
+
+def test_an_instance_type_that_is_not_known_is_told(job_file: Path) -> None:
+    """SageMaker may have it since boto3 was made."""
+    report = look(Draft.read(write(job_file, sagemaker='instance = "ml.g5.xxlarge"')))
+    assert report.exit_code == 0
+    assert report.notes[-1].startswith(
+        "instance = ml.g5.xxlarge is not among the types that boto3 knows. Did you mean ml.g5.xlarge or"
+    )
+    assert not any("boto3" in note for note in look(Draft.read(write(job_file))).notes)
+
+
+def test_several_gpus_share_the_steps(job_file: Path) -> None:
+    """Each trains on batches of its own; the built-in trainer takes one of them."""
+    steps = {}
+    for trainer in ("builtin", "sd-scripts"):
+        for size in ("xlarge", "12xlarge"):
+            lines = f'trainer = "{trainer}"\nmax_train_epochs = 4'
+            machine = f'instance = "ml.g5.{size}"'
+            report = look(Draft.read(write(job_file, sagemaker=machine, training=lines)))
+            assert report.facts, report.problems
+            steps[trainer, size] = report.facts.steps
+    assert steps["builtin", "xlarge"] == steps["builtin", "12xlarge"] == steps["sd-scripts", "xlarge"]
+    assert steps["sd-scripts", "12xlarge"] < steps["sd-scripts", "xlarge"]
+
+
+def test_a_machine_without_a_gpu_is_not_called_this_one(job_file: Path) -> None:
+    report = look(Draft.read(write(job_file, sagemaker='instance = "ml.c5.xlarge"')))
+    assert report.found
+    assert report.found.merged.settings["mixed_precision"].where == "a machine without a GPU"
 
 
 def test_the_instance_decides_the_precision(job_file: Path) -> None:

@@ -32,7 +32,12 @@ ANSWERS = {
         "ValidationException",
         "1 validation error detected: Value 'ml.g5.huge' at 'resourceConfig.instanceType' failed to satisfy"
         " constraint: Member must satisfy enum value set: [ml.p2.xlarge, ml.m5.large]",
-    ): "[sagemaker] instance: there is no instance type ml.g5.huge. Correct it.",
+    ): "[sagemaker] instance: SageMaker trains on no instance of the type ml.g5.huge. Correct it:",
+    (
+        "ValidationException",
+        "1 validation error detected: Value at 'resourceConfig.instanceType' failed to satisfy constraint: ["
+        + 200 * "ml.p2.xlarge, ",
+    ): "[sagemaker] instance: SageMaker trains on no instance of the type that is named. Correct it:",
     (
         "ValidationException",
         "Instance type ml.p5.48xlarge is not supported in region eu-west-3.",
@@ -101,6 +106,14 @@ def test_an_answer(code: str, message: str) -> None:
 )
 def test_no_answer(error: BotoCoreError, told: str) -> None:
     assert str(said(error)).startswith(told)
+
+
+def test_a_wall_of_text_is_cut() -> None:
+    error = ClientError({"Error": {"Code": "Odd", "Message": "one of\n" + "many words " * 400}}, "Create")
+    told = str(said(error))
+    assert told.startswith("AWS: Create was refused with Odd. AWS says: one of many words many")
+    assert told.endswith(" many …. Correct what it names.")
+    assert len(told) < 500
 
 
 def test_a_secret_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:

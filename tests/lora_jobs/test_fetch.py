@@ -1,5 +1,6 @@
 """lora fetch, from a bucket that holds what a job has left."""
 
+import importlib
 import io
 import json
 import tarfile
@@ -14,6 +15,7 @@ import pytest
 from entrypoint.failures import StorageError
 from entrypoint.storage import S3Uri
 from lora_jobs import Fetched, fetch
+from lora_jobs.__main__ import main
 from lora_jobs.errors import LoraError
 from tests.lora_jobs.test_jobs import TOLD
 from tests.unit.test_checkpoint import PLAIN, lora, saved
@@ -33,6 +35,7 @@ class Left:
     def __init__(self, bucket: S3Uri, folder: Path) -> None:
         self.bucket, self.folder = bucket, folder
         self.status, self.lora = "Completed", f"s3://{bucket.bucket}/loras/{JOB}/lora"
+        self.reason = ""
         self.region = "us-east-1"
         self.sagemaker = self
 
@@ -40,6 +43,7 @@ class Left:
         return {
             **TOLD,
             "TrainingJobStatus": self.status,
+            "FailureReason": self.reason,
             "OutputDataConfig": {"S3OutputPath": f"s3://{self.bucket.bucket}/loras"},
             "HyperParameters": {"output_name": "cat", "output_uri": self.lora},
         }
@@ -78,15 +82,19 @@ def names(fetched: Fetched) -> set[str]:
     return {path.relative_to(fetched.folder).as_posix() for path in (*fetched.loras, *fetched.files)}
 
 
+@pytest.mark.parametrize("data", ["raw", "tar"])
 @pytest.mark.parametrize("compressed", [False, True])
-def test_everything_that_a_job_has_left(compressed: bool, left: Left, good: bytes) -> None:
+def test_everything_that_a_job_has_left(compressed: bool, data: str, left: Left, good: bytes) -> None:
     """SageMaker's folders as they are or as tars, and what the job has sent itself."""
-    model = {**RECORD, "cat.safetensors": good}
+    model, report = {**RECORD, "cat.safetensors": good}, {"report.html": b"<html>", "sample/1.png": b"png"}
     if compressed:
         left.put("output", {"model.tar.gz": packed(model)})
     else:
         left.put("output/model", model)
-    left.put("output", {"output.tar.gz": packed({"report.html": b"<html>", "sample/1.png": b"png"})})
+    if data == "raw":
+        left.put("output/data", report)
+    else:
+        left.put("output", {"output.tar.gz": packed(report)})
     left.put("lora", {"cat-000001.safetensors": good})
     fetched = left.fetch()
     assert [path.name for path in fetched.loras] == ["cat-000001.safetensors", "cat.safetensors"]
@@ -137,6 +145,17 @@ def test_of_a_job_that_runs_there_is_what_it_has_sent(left: Left, good: bytes) -
     assert not left.folder.exists()
     left.put("lora", {"cat-000001.safetensors": good})
     assert names(left.fetch()) == {"cat-000001.safetensors"}
+
+
+def test_why_there_is_no_lora_is_told(left: Left, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    left.put("output/model", RECORD)
+    monkeypatch.setattr(importlib.import_module("lora_jobs.fetch"), "find", lambda *_: (left, JOB))
+    left.status, left.reason = "Failed", "AlgorithmError: The disk is full., exit code: 1"
+    assert main(["fetch", JOB, "--out", str(left.folder)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "  no LoRA, for the job failed: The disk is full."
+    left.status, left.reason = "InProgress", ""
+    assert main(["fetch", JOB, "--out", str(left.folder)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "  no LoRA yet"
 
 
 def test_a_lora_that_does_not_work_is_set_aside(left: Left, lora: dict[str, np.ndarray], good: bytes) -> None:

@@ -55,7 +55,7 @@ def test_all_is_told_at_once_with_the_place_of_each(tmp_path: Path) -> None:
         "base_modle": "there is no such key. Did you mean base_model?",
         "[sagemaker] spto": "there is no such key. Did you mean spot?",
         "[sagemaker] vae": "there is no such key. Move it to the top, above [sagemaker]",
-        "[sagemaker] max_runtime_hours": "'1000' does not do; expected less than or equal to 672. Correct it",
+        "[sagemaker] max_runtime_hours": "expected less than or equal to 672, found '1000'. Correct it",
         "[training] lr": "it is neither a number, true or false, a text, nor a list of these."
         " sd-scripts' options are no tables; write its value alone",
         "[training] huggingface_token": "it is a secret, and everybody who may call DescribeTrainingJob reads"
@@ -98,7 +98,12 @@ def test_what_is_missing(tmp_path: Path) -> None:
         ({}, 'instance = "g5.xlarge"', "[sagemaker] instance", "'g5.xlarge' is no instance type."),
         ({}, 'region = "Frankfurt"', "[sagemaker] region", "'Frankfurt' is no region."),
         ({}, "keep_alive_minutes = 30", "[sagemaker] keep_alive_minutes", "a warm pool keeps an on-demand"),
-        ({}, "spot = false\nkeep_alive_minutes = 61", "[sagemaker] keep_alive_minutes", "'61' does not do;"),
+        (
+            {},
+            "spot = false\nkeep_alive_minutes = 61",
+            "[sagemaker] keep_alive_minutes",
+            "expected less than or equal to 60, found '61'.",
+        ),
         (
             {},
             "spot = false\nmax_wait_hours = 30",
@@ -115,9 +120,9 @@ def test_what_is_missing(tmp_path: Path) -> None:
             "[sagemaker] volume_kms_key",
             "ml.g5.xlarge has a disk of its own,",
         ),
-        ({}, "price_per_hour = 0", "[sagemaker] price_per_hour", "'0' does not do; expected greater than 0."),
+        ({}, "price_per_hour = 0", "[sagemaker] price_per_hour", "expected greater than 0, found '0'."),
         ({}, 'tags = {"aws:x" = "y"}', "[sagemaker] tags", "'aws:x' is no name of a tag."),
-        ({}, 'spot = "yes"', "[sagemaker] spot", "'yes' does not do; expected a valid boolean."),
+        ({}, 'spot = "yes"', "[sagemaker] spot", "expected a valid boolean, found 'yes'."),
     ],
 )
 def test_values_that_do_not_do(

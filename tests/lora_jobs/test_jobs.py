@@ -81,6 +81,8 @@ class FakeSageMaker:
         (["check: x", "fetch: x", "loading the base model"], "train"),
         (["check: x", "fetch: x", "WARNING: 2 pictures are grey", "  indented", ""], "fetch"),
         (["check: x", "epoch 1/2", "done in 16.8 s: a.safetensors in /opt/ml/model"], "publish"),
+        (["check: x", "step=1/4 epoch=1/2", "publish: 1 file, 557.8 kB in 0.0 s"], "train"),
+        (["check: x", "step=4/4 epoch=2/2", "publish: 1 file, 557.8 kB in 0.0 s"], "publish"),
     ],
 )
 def test_the_stage_is_told_by_the_log(lines: list[str], stage: str | None) -> None:
@@ -128,6 +130,14 @@ def test_the_cause_is_the_failure_files(reason: str | None, cause: str | None) -
     assert status(FailureReason=reason).failure == cause
 
 
+def test_nothing_is_left_of_a_job_that_is_over() -> None:
+    progress = Progress("train", 12, 64, eta_seconds=34)
+    told: Any = {**TOLD, "TrainingJobStatus": "Stopped"}
+    assert Status.of(told, progress).progress.eta_seconds == 34  # Stopping still
+    over = Status.of({**told, "TrainingEndTime": NOW}, progress).progress
+    assert (over.step, over.eta_seconds) == (12, None)
+
+
 def test_json_is_flat() -> None:
     told = status().as_json()
     assert told["job"] == "cat-01234567"
@@ -149,6 +159,23 @@ def test_the_log_is_read_on_from_where_it_was() -> None:
     streams["cat-1/algo-1-1"].append("d")
     streams["cat-1/algo-1-2"] = ["the next machine's"]
     assert [line.text for line in log.read()] == ["d", "the next machine's"]
+
+
+def test_no_line_is_lost_when_aws_fails_meanwhile() -> None:
+    logs = FakeLogs({"cat-1/algo-1-1": ["a", "b", "c"], "cat-1/algo-1-2": ["d"]})
+    aws: Any = type("Aws", (), {"logs": logs})()
+    log, answer = Log(aws, "cat-1"), logs.get_log_events
+
+    def fail(*, logStreamName: str, **asked: Any) -> Any:
+        if logStreamName.endswith("2"):
+            raise ConnectionError
+        return answer(logStreamName=logStreamName, **asked)
+
+    logs.get_log_events = fail  # type: ignore[method-assign]
+    with pytest.raises(ConnectionError):
+        log.read()
+    logs.get_log_events = answer  # type: ignore[method-assign]
+    assert [line.text for line in log.read()] == ["a", "b", "c", "d"]
 
 
 def test_a_job_file_means_its_newest_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

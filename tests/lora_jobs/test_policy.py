@@ -35,8 +35,7 @@ _S3 = {
 # What the commands of the other half ask for (list, watch, logs, stop, fetch, board), and what happens only
 # when an upload is given up.
 ELSEWHERE = {
-    "sagemaker:ListTrainingJobs", "sagemaker:StopTrainingJob", "logs:DescribeLogStreams", "logs:GetLogEvents",
-    "s3:AbortMultipartUpload",
+    "sagemaker:StopTrainingJob", "logs:DescribeLogStreams", "logs:GetLogEvents", "s3:AbortMultipartUpload",
 }  # fmt: skip
 
 # What SageMaker does as the role: "CreateTrainingJob API: Execution Role Permissions" in
@@ -87,7 +86,8 @@ def made(account: Account) -> Iterator[Action]:
             place = f"arn:aws:ecr:{REGION}:{NUMBER}:repository/{told['repositoryName']}"
             yield f"ecr:{operation}", place, {}
         else:
-            place = f"arn:aws:sagemaker:{REGION}:{NUMBER}:training-job/{told['TrainingJobName']}"
+            name = told.get("TrainingJobName")
+            place = f"arn:aws:sagemaker:{REGION}:{NUMBER}:training-job/{name}" if name else "*"
             yield f"sagemaker:{operation}", place, {}
             if operation == "CreateTrainingJob":
                 yield "sagemaker:AddTags", place, {}

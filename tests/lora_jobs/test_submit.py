@@ -58,6 +58,7 @@ def test_the_same_again_starts_nothing(
     assert f"LoRAs: {first.output}\n" in out
     assert list(account.jobs) == [first.name]
     assert main(["submit", str(job_file), "--again"]) == 0
+    assert f"{first.name}-2: started\n" in capsys.readouterr().out  # from the beginning
     assert list(account.jobs) == [first.name, f"{first.name}-2"]
 
 
@@ -82,7 +83,7 @@ def test_again_does_not_disturb_a_job_that_is_going(
 
 @pytest.mark.parametrize("status", ["Failed", "Stopped"])
 def test_a_job_that_came_to_nothing_goes_on_from_its_states(
-    account: Account, job_file: Path, status: str
+    account: Account, job_file: Path, status: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = submit(job_file)
     account.end(first.name, status)
@@ -91,7 +92,13 @@ def test_a_job_that_came_to_nothing_goes_on_from_its_states(
     assert second.request["CheckpointConfig"] == first.request["CheckpointConfig"]
     assert second.request["HyperParameters"]["output_uri"].endswith(f"/{second.name}/lora")
     account.end(second.name, status)
-    assert submit(job_file).name == f"{first.name}-3"
+    assert main(["submit", str(job_file)]) == 0
+    told = f"{first.name}-3: started; it goes on from the states of {second.name}\n"
+    assert told in capsys.readouterr().out
+    account.end(f"{first.name}-3", status)
+    for deleted in (first.name, second.name):  # as DeleteTrainingJob does
+        del account.jobs[deleted]
+    assert submit(job_file).name == f"{first.name}-4"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +125,7 @@ def test_a_dry_run_changes_nothing(
 ) -> None:
     assert main(["submit", str(job_file), "--dry-run"]) == 0
     asked = json.loads(capsys.readouterr().out)
-    assert {name for _, name, _ in account.calls} <= {"DescribeImages", "DescribeTrainingJob"}
+    assert {name for _, name, _ in account.calls} <= {"DescribeImages", "ListTrainingJobs"}
     assert (account.keys(), account.jobs) == ([], {})
     assert submit(job_file).request == asked
 
