@@ -324,15 +324,13 @@ export PATH={LORA.parent}:$PATH
 lora init --trainer builtin --base-model {model} \\
   --dataset {dataset} --output s3://{BUCKET}/loras \\
   --role {ROLE} \\
-  --image {IMAGE} photos.toml
-# small pictures and two epochs, so that a CPU does it in minutes
-sed -i -e 's/^resolution = .*/resolution = "128,128"/' \\
-  -e 's/^max_train_epochs = .*/max_train_epochs = 2/' photos.toml
+  --image {IMAGE} \\
+  --set resolution=128,128 --set max_train_epochs=2 photos.toml
 lora submit photos.toml
 lora watch photos.toml
 lora fetch photos.toml
 
-The base model is small and has random weights, so that it trains on a CPU.
+The base model is small and has random weights, and two epochs of small pictures take a CPU a minute.
 Your own pictures: --dataset FOLDER. The LoRA and report.html come into a folder of the job's name.
 """
 

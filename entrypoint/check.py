@@ -189,6 +189,7 @@ def _going_on(plan: Plan, here: Here | None, storage: Storage, problems: list[Pr
         weights=plan.extras.weights,
         values=plan.merged.values,
         dataset_config=described.content if described else None,
+        processes=processes(request, plan.gpu),
     )
     places = [here.tree.checkpoints, *([request.checkpoints] if request.checkpoints else [])]
     found, wrong = states.find(places, run, storage)

@@ -96,8 +96,13 @@ def identity(
     weights: Mapping[str, Sequence[Single]],
     values: Mapping[str, Any],
     dataset_config: Any,
+    processes: int,
 ) -> dict[str, Any]:
-    """What is to be learned, as JSON has it: of a run that goes on it must be the same."""
+    """What is to be learned, as JSON has it: of a run that goes on it must be the same.
+
+    `processes`: how many train together. A step is a batch of each, so that a step's number means less or
+    more of the data with another count.
+    """
     own = {
         "base model": _told_of(model.file),
         "VAE and weights": [_told_of(one.file) for found in weights.values() for one in found],
@@ -109,6 +114,7 @@ def identity(
         "resize": [request.resize, request.resize_crop],
         "caption": [request.caption.general, request.caption.character] if request.caption else None,
         "dataset_config": dataset_config,
+        "GPUs that train": processes,
     }
     left_out = NOT_LEARNED | config.OWNED | PLACED | SECRET_OPTIONS | own.keys()
     learned = {name: value for name, value in values.items() if name not in left_out}

@@ -10,7 +10,8 @@ fetch(submitted.name, Path("loras"))
 
 from typing import TYPE_CHECKING, Any
 
-from lora_jobs.fetch import Fetched, fetch  # modules with functions of their names: see below
+from lora_jobs.board import board  # modules with functions of their names: see below
+from lora_jobs.fetch import Fetched, fetch
 from lora_jobs.jobs import Line, Progress, Status, jobs
 from lora_jobs.logs import logs
 from lora_jobs.stop import stop
@@ -30,6 +31,7 @@ __all__ = [
     "Progress",
     "Status",
     "Submitted",
+    "board",
     "fetch",
     "jobs",
     "logs",

@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import webbrowser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -37,29 +39,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # TensorBoard must not outlive a terminal that is closed
         signal.signal(number, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="lora-board-") as temporary:
-        folder = Path(temporary)
-        runs = [Run(*find(asked, arguments.region), folder) for asked in arguments.job]
-        port = _free_port(arguments.port)
+    jobs = [find(asked, arguments.region) for asked in arguments.job]
+    with _shown(jobs, arguments.port, arguments.every) as board:
+        names = [name for _, name in jobs]
+        if arguments.json:
+            say(json.dumps({"address": board.address, "jobs": names}))
+        else:
+            say(f"TensorBoard shows {', '.join(names)} on {board.address} until Ctrl-C.")
+        if not arguments.no_browser and not arguments.json:
+            webbrowser.open(board.address)
+        board.process.wait()
+        raise LoraError(f"TensorBoard ended with exit code {board.process.returncode}. {board.last}")
+
+
+@contextmanager
+def board(*jobs: str, port: int | None = None, every: float = EVERY, aws: Aws | None = None) -> Iterator[str]:
+    """TensorBoard with the curves of these jobs, on this machine, for as long as the block lasts.
+
+    Gives its address. `every`: seconds between two looks for what has been logged. Raises LoraError where
+    there is no such job, or TensorBoard does not start.
+    """
+    aws = aws or Aws()
+    with _shown([(aws, job) for job in jobs], port, every) as shown:
+        yield shown.address
+
+
+@dataclass(frozen=True)
+class _Board:
+    """TensorBoard, as it runs."""
+
+    address: str
+    process: "subprocess.Popen[bytes]"
+    said: IO[bytes]
+
+    @property
+    def last(self) -> str:
+        """The end of what it said."""
+        self.said.seek(0)
+        return f"It said: {self.said.read()[-_TOLD:].decode(errors='replace').strip() or 'nothing'}"
+
+
+@contextmanager
+def _shown(jobs: Sequence[tuple[Aws, str]], port: int | None, every: float) -> Iterator[_Board]:
+    """TensorBoard as a child, which ends with the block; a thread fetches what is logged meanwhile."""
+    over, port = threading.Event(), _free_port(port)
+    with tempfile.TemporaryDirectory(prefix="lora-board-") as folder, tempfile.TemporaryFile() as said:
+        runs = [Run(aws, job, Path(folder)) for aws, job in jobs]
         for one in runs:
             one.look()
             if not one.files:
                 warn(f"{one.job} has logged nothing yet; its curve appears when it does.")
-        with tempfile.TemporaryFile() as said, _tensorboard(folder, port, said) as board:
-            address = f"http://127.0.0.1:{port}/"
-            if not _answers(board, port):
-                raise LoraError(f"TensorBoard did not start on port {port}. {_last(said)}")
-            shown = [one.job for one in runs]
-            if arguments.json:
-                say(json.dumps({"address": address, "jobs": shown}))
-            else:
-                say(f"TensorBoard shows {', '.join(shown)} on {address} until Ctrl-C.")
-            if not arguments.no_browser and not arguments.json:
-                webbrowser.open(address)
-            while board.poll() is None:
-                time.sleep(arguments.every)
-                _look(runs)
-            raise LoraError(f"TensorBoard ended with exit code {board.returncode}. {_last(said)}")
+        looking = threading.Thread(target=_look, args=(runs, every, over))
+        with _tensorboard(Path(folder), port, said) as process:
+            shown = _Board(f"http://127.0.0.1:{port}/", process, said)
+            if not _answers(process, port):
+                raise LoraError(f"TensorBoard did not start on port {port}. {shown.last}")
+            looking.start()
+            try:
+                yield shown
+            finally:
+                over.set()
+                looking.join()
 
 
 class Run:
@@ -115,15 +155,16 @@ class Run:
         return answer["Body"].read()
 
 
-def _look(runs: Sequence[Run]) -> None:
-    """What cannot be had now is had at the next look."""
+def _look(runs: Sequence[Run], every: float, over: threading.Event) -> None:
+    """Until it is over. What cannot be had now is had at the next look."""
     from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 (lora --help needs none)
 
-    for one in runs:
-        try:
-            one.look()
-        except (BotoCoreError, ClientError) as error:
-            warn(f"{one.job}: its event log could not be fetched, and is tried again: {error}")
+    while not over.wait(every):
+        for one in runs:
+            try:
+                one.look()
+            except (BotoCoreError, ClientError) as error:
+                warn(f"{one.job}: its event log could not be fetched, and is tried again: {error}")
 
 
 @contextmanager
@@ -156,12 +197,6 @@ def _answers(board: "subprocess.Popen[bytes]", port: int) -> bool:
             return True
         time.sleep(0.1)
     return False
-
-
-def _last(said: IO[bytes]) -> str:
-    """The end of what TensorBoard said."""
-    said.seek(0)
-    return f"It said: {said.read()[-_TOLD:].decode(errors='replace').strip() or 'nothing'}"
 
 
 def _free_port(asked: int | None) -> int:

@@ -9,12 +9,12 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from botocore.session import get_session
+from botocore.loaders import create_loader
 
 from entrypoint import checked
 from entrypoint.checked import Report
@@ -25,16 +25,26 @@ from kohya.problem import Problem
 from lora_jobs.job_file import CHANNELS, Draft, as_text, where
 
 # The GPU of an instance's family, and how many a size has, if not one:
-# https://aws.amazon.com/sagemaker/ai/pricing/, "Accelerated computing". What is not here has a GPU for which
-# there is no preset; the values then suit one with bf16.
-_A100 = NAMED["a100"]
-_GPUS = {
-    "g4dn": NAMED["t4"], "g5": NAMED["a10g"], "g6": NAMED["l4"], "g6e": NAMED["l40s"],
-    "p4d": _A100, "p4de": replace(_A100, memory=81920 << 20), "p5": NAMED["h100"],
-}  # fmt: skip
-_COUNTS = {"12xlarge": 4, "24xlarge": 4, "48xlarge": 8}
-_COUNTS_OF_P4 = {"24xlarge": 8}
-_WITHOUT_GPU = re.compile(r"ml\.[cmrt]\d")
+# https://aws.amazon.com/sagemaker/ai/pricing/, "Accelerated computing". For one without a preset, and for a
+# family that is not here, the values suit a GPU with bf16.
+_G = {"12xlarge": 4, "24xlarge": 4, "48xlarge": 8}
+_P = {"24xlarge": 8, "48xlarge": 8}
+_V100 = Gpu("Tesla V100", 7.0, 1)
+_GPUS: Mapping[str, tuple[Gpu, Mapping[str, int]]] = {
+    "g4dn": (NAMED["t4"], _G),
+    "g5": (NAMED["a10g"], _G),
+    "g6": (NAMED["l4"], _G),
+    "g6e": (NAMED["l40s"], _G),
+    "g7e": (UNNAMED, {"12xlarge": 2, "24xlarge": 4, "48xlarge": 8}),
+    "p2": (Gpu("Tesla K80", 3.7, 1), {"8xlarge": 8, "16xlarge": 16}),
+    "p3": (_V100, {"8xlarge": 4, "16xlarge": 8}),
+    "p3dn": (_V100, _P),
+    "p4d": (NAMED["a100"], _P),
+    "p4de": (replace(NAMED["a100"], memory=81920 << 20), _P),
+    "p5": (NAMED["h100"], _P),
+    **dict.fromkeys(("p5e", "p5en", "p6-b200", "p6-b300"), (UNNAMED, _P)),
+}
+_WITHOUT_GPU = re.compile(r"ml\.([cmrt]\d|trn|inf)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,23 +85,21 @@ def gpu_of(draft: Draft) -> Gpu | str | None:
     if not instance or _WITHOUT_GPU.match(instance):
         return "none" if instance else None
     _, family, size = [*instance.split("."), "", ""][:3]
-    if family not in _GPUS:
-        return UNNAMED
-    counts = _COUNTS_OF_P4 if family.startswith("p4") else _COUNTS
-    return replace(_GPUS[family], count=counts.get(size, 1))
+    gpu, counts = _GPUS.get(family, (UNNAMED, {}))
+    return replace(gpu, count=counts.get(size, 1))
 
 
 def _notes(instance: str, gpu: Gpu | str | None) -> Iterator[str]:
     """What is not known of an instance."""
     if not instance:
         return
-    named = get_session().get_service_model("sagemaker").shape_for("TrainingInstanceType")
-    types: list[str] = named.metadata["enum"]
+    described = create_loader().load_service_model("sagemaker", "service-2")
+    types: list[str] = described["shapes"]["TrainingInstanceType"]["enum"]
     if instance not in types:
         meant = config.nearest(instance, types)
         yield f"instance = {instance} is not among the types that boto3 knows. {meant}"
-    elif gpu is UNNAMED:
-        yield f"{instance}: its GPU is not one of {', '.join(NAMED)}; the values suit one with bf16"
+    elif isinstance(gpu, Gpu) and gpu.name not in {one.name for one in NAMED.values()}:
+        yield f"{instance}: there is no preset for its GPU, only for {', '.join(NAMED)}"
 
 
 def _instance(draft: Draft) -> str:

@@ -46,7 +46,7 @@ _ANSWERS: tuple[tuple[str, str, _Made], ...] = (
             "[sagemaker] instance",
             f'the account\'s quota "{m["quota"]}" is {m["limit"]}, and too small for this job'
             if m["quota"]
-            else f"a quota of the account is used up. SageMaker says: {m['other']}",
+            else f"a quota of the account is used up. SageMaker says: {_short(m['other'])}",
             "Ask for more in the console under Service Quotas, Amazon SageMaker, wait until a job has ended,"
             " or take another instance; spot and on-demand have quotas of their own",
         ),
@@ -81,7 +81,7 @@ _ANSWERS: tuple[tuple[str, str, _Made], ...] = (
     ),
     (
         "ValidationException",
-        r"(?i)(?=.*\b(?:not|un)\s?(?:supported|available|offered))(?:.*\b(?P<type>ml\.[\w-]+\.\w+))",
+        r"(?i)(?=.*\b(?:not|un)\s?(?:supported|available|offered))(?:.*?\b(?P<type>ml\.[\w-]+\.\w+))",
         lambda m: Problem(
             "[sagemaker] instance",
             f"{m['type']} cannot be had in this region",
@@ -95,7 +95,7 @@ _ANSWERS: tuple[tuple[str, str, _Made], ...] = (
         r"|.*access denied for repository.*)",
         lambda m: Problem(
             "[sagemaker] image",
-            f"it is not in ECR. AWS says: {m['said']}",
+            f"it is not in ECR. AWS says: {_short(m['said'])}",
             "Type make image push in a checkout, and write the URI that it prints",
         ),
     ),
@@ -116,7 +116,9 @@ _ANSWERS: tuple[tuple[str, str, _Made], ...] = (
     (
         "AccessDenied.*",
         r"(?P<said>.*)",
-        lambda m: Problem("AWS", f"access denied. AWS says: {m['said']}", "Ask who keeps the account's IAM"),
+        lambda m: Problem(
+            "AWS", f"access denied. AWS says: {_short(m['said'])}", "Ask who keeps the account's IAM"
+        ),
     ),
     (
         "ExpiredToken.*|RequestExpired|ExpiredTokenException",
@@ -158,17 +160,20 @@ def _answered(error: "ClientError") -> Problem:
     for codes, pattern, made in _ANSWERS:
         if re.fullmatch(codes, code) and (found := re.search(pattern, message, re.DOTALL)):
             return made(found)
-    told = f"{error.operation_name} was refused with {code}. AWS says: {message.rstrip('. ')}"
+    told = f"{error.operation_name} was refused with {code}. AWS says: {_short(message)}"
     return Problem("AWS", told, "Correct what it names")
 
 
 def _told(error: "ClientError") -> tuple[str, str]:
     """The code and the message."""
     told = error.response.get("Error", {})
-    message = " ".join(str(told.get("Message", "")).split())
-    if len(message) > _LONGEST:  # it then lists all that there is
-        message = f"{message[:_LONGEST].rpartition(' ')[0]} …"
-    return str(told.get("Code", "")), message.rstrip(". ")
+    return str(told.get("Code", "")), str(told.get("Message", "")).rstrip(". ")
+
+
+def _short(message: str) -> str:
+    """What AWS says, without the list of all that there is."""
+    message = " ".join(console.redact(message).split())  # first: half of a secret is not known for one
+    return message if len(message) <= _LONGEST else f"{message[:_LONGEST]}…"
 
 
 def _unanswered(error: "BotoCoreError") -> Problem:

@@ -9,6 +9,8 @@ It never writes over a file that is there.
 
 import argparse
 import json
+import re
+import tomllib
 from pathlib import Path
 
 from entrypoint import console
@@ -92,6 +94,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instance", help="filled in")
     parser.add_argument("--region", help="filled in")
     parser.add_argument("--trainer", choices=("sd-scripts", "builtin"), help="filled in")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="a line of [training]; more than once",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -120,7 +129,7 @@ def text(arguments: argparse.Namespace) -> str:
             values[key] = _from(folder, Path(values[key]))
     region, trainer = arguments.region, arguments.trainer
     alpha = {"sd15": 16, "sdxl": 8}[kind]
-    return _TEXT.format(
+    content = _TEXT.format(
         **{key: json.dumps(value, ensure_ascii=False) for key, value in values.items()},
         file=file.name,
         kind=kind,
@@ -134,6 +143,21 @@ def text(arguments: argparse.Namespace) -> str:
         dim=2 * alpha,
         alpha=alpha,
     )
+    for given in arguments.set:
+        content = _with(content, *given.partition("=")[::2])
+    return content
+
+
+def _with(content: str, name: str, value: str) -> str:
+    """The content with a line of [training]: in the place of the one that is there, or after the others."""
+    try:
+        tomllib.loads(f"value = {value}")
+    except tomllib.TOMLDecodeError:  # a text, as it stands in a shell
+        value = json.dumps(value, ensure_ascii=False)
+    top, table, training = content.partition("[training]\n")
+    line = f"{name} = {value}\n"
+    replaced, count = re.subn(rf"(?m)^(?:# )?{re.escape(name)} = .*\n", lambda _: line, training, count=1)
+    return f"{top}{table}{replaced if count else training + line}"
 
 
 def _name(stem: str) -> str:

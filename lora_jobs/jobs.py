@@ -203,8 +203,8 @@ def jobs(*, most: int = 20, aws: Aws | None = None) -> list[Status]:
     aws = aws or Aws()
     found: list[Status] = []
     for name in _names(aws):
-        if _OURS.fullmatch(name):
-            found.append(Status.of(describe(aws, name)))
+        if _OURS.fullmatch(name) and (told := described(aws, name)):  # None: deleted meanwhile
+            found.append(Status.of(told))
             if len(found) == most:
                 break
     return found

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import shutil
+import sys
 
 from lora_jobs.aws import Aws
 from lora_jobs.jobs import billable, jobs, span
@@ -21,8 +23,12 @@ def run(arguments: argparse.Namespace) -> int:
     if not found:
         print("There are no jobs yet. lora submit JOB.toml makes one.")
         return 0
-    wide = max(len(one.job) for one in found)
-    print(f"{'job':{wide}}  {'status':11}  {'time':>10}  billable")
-    for one in found:
-        print(f"{one.job:{wide}}  {one.status:11}  {span(one.seconds):>10}  {billable(one)}")
+    rows = [("job", "status", "time", "billable")]
+    rows += [(one.job, one.status, span(one.seconds), billable(one)) for one in found]
+    wide = max(len(job) for job, *_ in rows)
+    lines = [f"{status:11}  {time:>10}  {paid}" for _, status, time, paid in rows]
+    # On a terminal that is too narrow a job takes two lines; its name is to be copied, and stays whole.
+    narrow = sys.stdout.isatty() and wide + 2 + max(map(len, lines)) > shutil.get_terminal_size().columns
+    for (job, *_), line in zip(rows, lines, strict=True):
+        print(f"{job}\n    {line}" if narrow else f"{job:{wide}}  {line}")
     return 0

@@ -47,18 +47,18 @@ def run(arguments: argparse.Namespace) -> int:
         raise Unfit(problems)
     out = arguments.out or Path(f"{draft.values['name']}-ml")
     _check_apart(draft, out)
-    words = ["bash", str(_SCRIPT), "train", *_flags(draft)]
+    script, words = ["bash", str(_SCRIPT)], ["train", *_flags(draft)]
     told = {"IMAGE": image, "ML": str(out), "GPUS": "" if arguments.gpus == "none" else arguments.gpus}
     if arguments.dry_run:
-        print(shlex.join(["env", *(f"{name}={value}" for name, value in told.items()), *words]))
+        print(shlex.join(["env", *(f"{name}={value}" for name, value in told.items()), *script, *words]))
         return 0
     environment = {**os.environ, **told}
-    if code := subprocess.run(words, env={**environment, "CHECK_ONLY": "1"}, check=False).returncode:
+    if code := subprocess.run([*script, "--check", *words], env=environment, check=False).returncode:
         return code
     _set_up(draft, out)
     console.say(f"{draft.values['name']}: runs in {image}; what comes out lies in {out}")
     # In its place: signals reach the job, and its exit code is ours.
-    return os.execvpe(words[0], words, environment)
+    return os.execvpe(script[0], [*script, "--checked", *words], environment)
 
 
 def _of_this_machine(draft: Draft) -> Draft:

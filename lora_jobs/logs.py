@@ -2,12 +2,12 @@
 
 import argparse
 import json
-import time
 from collections.abc import Iterator
 
 from entrypoint.console import say, warn
 from lora_jobs.aws import Aws
-from lora_jobs.jobs import EVERY, Line, Log, Status, add_job, describe, find
+from lora_jobs.jobs import EVERY, Line, Log, add_job, describe, find
+from lora_jobs.watch import follow as looks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +35,9 @@ def logs(job: str, *, follow: bool = False, every: float = EVERY, aws: Aws | Non
     `every`: seconds between two questions. Raises LoraError where there is no such job.
     """
     aws = aws or Aws()
-    status, log = Status.of(describe(aws, job)), Log(aws, job)
-    while True:
-        yield from log.read()
-        if status.over or not follow:
-            return
-        time.sleep(every)
-        status = Status.of(describe(aws, job))  # before the log is read: what it said last is not missed
+    if follow:
+        for _, lines in looks(job, every=every, aws=aws):
+            yield from lines
+    else:
+        describe(aws, job)
+        yield from Log(aws, job).read()

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entrypoint.check import OUTPUT_BYTES, Plan, to_fetch
+from entrypoint.check import OUTPUT_BYTES, Plan, processes, to_fetch
 from entrypoint.console import SECRET_OPTIONS
 from entrypoint.failures import Unfit
 from entrypoint.files import size
@@ -112,12 +112,13 @@ def base_name(job: JobFile, plan: Plan, *, image: str, channels: Mapping[str, st
 
     On which machine, for how long and at which price is no part of it: an attempt on another instance goes
     on from the states of the one that failed. What a state would be refused for is: what an option comes to
-    (the GPU's precision among them), and what lies in S3 now. A local input's URI holds its digest.
+    (the GPU's precision among them), how many GPUs train, and what lies in S3 now. A local input's URI holds
+    its digest.
     """
     values = {name: value for name, value in plan.merged.values.items() if name not in _NOT_ITS_NAME}
     remote = sorted(f"{one.uri} {one.etag}" for one in plan.inputs if isinstance(one, RemoteObject))
-    asked = [job.hyperparameters, dict(channels), image.rpartition("@")[2] or image, job.output]
-    asked += [values, remote]
+    asked: list[object] = [job.hyperparameters, dict(channels), image.rpartition("@")[2] or image, job.output]
+    asked += [values, remote, processes(plan.request, plan.gpu)]
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
     return f"{job.name}-{digest[:8]}"
 

@@ -38,7 +38,7 @@ class Submitted:
     output: str  # the folder in S3 with its LoRAs
     request: Mapping[str, Any]  # the arguments of CreateTrainingJob; empty where nothing was to be started
     started: bool
-    after: str = ""  # the attempt before it that came to nothing, from whose states it goes on
+    after: str = ""  # the attempt before it that came to nothing, whose states it finds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +116,9 @@ def submit(job_file: "JobFile | Path", *, again: bool = False, dry_run: bool = F
         there = described(aws, name)  # the same was submitted meanwhile
         if there is None:
             raise
+        if there["TrainingJobStatus"] in OVER and there["TrainingJobStatus"] != "Completed":
+            wrong = f"it was started elsewhere meanwhile, and has ended: {there['TrainingJobStatus']}"
+            raise LoraError(Problem(name, wrong, "Type the same again for another attempt")) from error
         return _having(there, output)
     return Submitted(name, arn, "InProgress", output, asked, started=True, after=before)
 
@@ -129,13 +132,16 @@ def _draft(job_file: "JobFile | Path") -> "Draft":
 def _attempts(base: str, aws: "Aws") -> tuple["Description | None", str]:
     """The newest attempt at a job, and the name of the next one: NAME, NAME-2, NAME-3, …
 
-    Listed, not asked for one by one: a job may be deleted, and then a row of attempts has a gap.
+    Listed, not asked for one by one: a job may be deleted, and then a row of attempts has a gap. The list may
+    still have what was just deleted.
     """
-    numbers = [1 if name == base else int(name.removeprefix(f"{base}-")) for name in attempts(aws, base)]
-    if not numbers:
-        return None, base
-    newest = max(numbers)
-    return described(aws, base if newest == 1 else f"{base}-{newest}"), f"{base}-{newest + 1}"
+    numbers = {
+        1 if name == base else int(name.removeprefix(f"{base}-")): name for name in attempts(aws, base)
+    }
+    newest_first = (
+        found for number in sorted(numbers, reverse=True) if (found := described(aws, numbers[number]))
+    )
+    return next(newest_first, None), f"{base}-{max(numbers) + 1}" if numbers else base
 
 
 def _having(found: "Description", output: str) -> Submitted:
@@ -146,7 +152,7 @@ def _having(found: "Description", output: str) -> Submitted:
 def _told(found: Submitted, file: Path) -> "Iterator[str]":
     """What is said at the end."""
     if found.started:
-        more = f"; it goes on from the states of {found.after}" if found.after else ""
+        more = f"; it goes on from the newest state, if {found.after} has left one" if found.after else ""
         yield f"{found.name}: started{more}"
     elif found.status == "Completed":
         yield f"{found.name}: completed already; lora submit {file} --again starts another"

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from entrypoint import console, files
 from entrypoint.check import Plan
-from entrypoint.failures import Problem, Unfit
+from entrypoint.failures import Outage, Problem, StorageError, Unfit
 from entrypoint.inputs import BESIDE
 from entrypoint.request import Source
 from entrypoint.storage import S3Uri, Storage
@@ -116,7 +116,12 @@ def _missing(upload: Upload, storage: Storage, *, trusting: bool) -> list[str]:
         found = there.get((upload.folder / path).key)
         if found is None or found.size != upload.states[path][0]:
             return True
-        return not trusting and not storage.holds(found, upload.files[path])
+        try:
+            return not trusting and not storage.holds(found, upload.files[path])
+        except StorageError as error:
+            if isinstance(error.problem, Outage):
+                raise
+            return True  # it may not be read: so it is sent again
 
     with ThreadPoolExecutor(_AT_ONCE) as crew:
         return [

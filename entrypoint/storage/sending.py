@@ -122,7 +122,12 @@ class Send:
         def find(client: "S3Client") -> tuple[str | None, Mapping[int, Any]]:
             asked = {"Bucket": place["Bucket"], "Prefix": place["Key"]}
             pages = client.get_paginator("list_multipart_uploads").paginate(**asked)
-            begun = [one for page in pages for one in page.get("Uploads", ()) if one["Key"] == place["Key"]]
+            begun = [
+                one
+                for page in pages
+                for one in page.get("Uploads", ())
+                if one["Key"] == place["Key"] and one.get("ChecksumAlgorithm", _CHECKSUM) == _CHECKSUM
+            ]
             if not begun:
                 return None, {}
             upload = {**place, "UploadId": max(begun, key=lambda one: one["Initiated"])["UploadId"]}

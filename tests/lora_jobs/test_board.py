@@ -1,5 +1,10 @@
 """lora board: event logs, as they grow in S3."""
 
+import json
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +12,11 @@ import boto3
 import pytest
 
 from entrypoint.storage import S3Uri
+from lora_jobs import board
 from lora_jobs.board import Run
 from lora_jobs.errors import LoraError
 from tests.lora_jobs.test_jobs import TOLD
+from tests.reports import write_log
 
 JOB = "cat-01234567"
 
@@ -89,6 +96,38 @@ def test_logs_of_one_job_are_one_run(logged: Logged, run: Run, tmp_path: Path) -
     logged.log(b"two", "b/events.out.tfevents.1")
     run.look()
     assert contents(tmp_path) == [b"one", b"two"]
+
+
+def test_it_lasts_as_long_as_the_block(logged: Logged, tmp_path: Path) -> None:
+    """And shows what is logged meanwhile."""
+    aws: Any = logged
+    with board(JOB, every=0.1, aws=aws) as address:
+        logged.log(write_log(tmp_path / "log", 3).read_bytes())
+        place, end = (
+            f"{address}data/plugin/scalars/scalars?run={JOB}&tag=loss%2Fcurrent",
+            time.monotonic() + 120,
+        )
+        steps: list[int] = []
+        while len(steps) < 3 and time.monotonic() < end:
+            with suppress(urllib.error.HTTPError), urllib.request.urlopen(place, timeout=30) as answer:
+                steps = [step for _, step, _ in json.load(answer)]
+            time.sleep(0.1)  # it is not read in yet
+        assert steps == [1, 2, 3]
+    with pytest.raises(OSError):
+        urllib.request.urlopen(address, timeout=5)
+
+
+def test_a_tensorboard_that_ends_is_told(
+    logged: Logged, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    aws: Any = logged
+    with (
+        pytest.raises(LoraError, match=r"TensorBoard did not start on port \d+. It said: nothing"),
+        board(JOB, aws=aws),
+    ):
+        pass
+    assert f"{JOB} has logged nothing yet" in capsys.readouterr().err
 
 
 def test_a_job_without_a_place_for_them_is_told(tmp_path: Path) -> None:

@@ -136,7 +136,11 @@ def test_storage_that_does_not_answer(
         ("ml.p4de.24xlarge", "NVIDIA A100", 8, 80),
         ("ml.p5.4xlarge", "NVIDIA H100", 1, 79),
         ("ml.p5.48xlarge", "NVIDIA H100", 8, 79),
-        ("ml.p3.2xlarge", UNNAMED.name, 1, None),
+        ("ml.p3.8xlarge", "Tesla V100", 4, None),
+        ("ml.p3dn.24xlarge", "Tesla V100", 8, None),
+        ("ml.p5en.48xlarge", UNNAMED.name, 8, None),
+        ("ml.g7e.12xlarge", UNNAMED.name, 2, None),
+        ("ml.g7.2xlarge", UNNAMED.name, 1, None),
         ("g5", UNNAMED.name, 1, None),
     ],
 )
@@ -148,21 +152,30 @@ def test_the_gpus_of_an_instance(
     assert (gpu.name, gpu.count, gpu.memory and gpu.memory >> 30) == (name, count, gib)
 
 
-@pytest.mark.parametrize("instance", ["ml.m5.large", "ml.c6i.xlarge"])
+@pytest.mark.parametrize("instance", ["ml.m5.large", "ml.c6i.xlarge", "ml.trn1.2xlarge"])
 def test_an_instance_without_a_gpu(tmp_path: Path, instance: str) -> None:
     assert gpu_of(Draft.read(write(tmp_path / "job.toml", sagemaker=f'instance = "{instance}"'))) == "none"
 
 
 def test_an_instance_whose_gpu_has_no_preset_is_told(job_file: Path) -> None:
-    report = look(Draft.read(write(job_file, sagemaker='instance = "ml.g7.2xlarge"')))
-    assert report.notes[-1:] == (
-        "ml.g7.2xlarge: its GPU is not one of t4, a10g, l4, l40s, a100, h100; the values suit one with bf16",
-    )
+    for instance in ("ml.g7.2xlarge", "ml.p5en.48xlarge", "ml.p3.2xlarge"):
+        report = look(Draft.read(write(job_file, sagemaker=f'instance = "{instance}"')))
+        told = f"{instance}: there is no preset for its GPU, only for t4, a10g, l4, l40s, a100, h100"
+        assert report.notes[-1:] == (told,)
     assert not any("--gpu" in note for note in report.notes)
 
 
-def test_an_instance_type_that_is_not_known_is_told(job_file: Path) -> None:
-    """SageMaker may have it since boto3 was made."""
+def test_what_an_old_gpu_cannot_is_told(job_file: Path) -> None:
+    lines = {"sagemaker": 'instance = "ml.p3.2xlarge"', "training": 'mixed_precision = "bf16"'}
+    assert (
+        "bf16 does not run on a Tesla V100"
+        in told(write(job_file, **lines))["job.toml: [training] mixed_precision"]
+    )
+
+
+def test_an_instance_type_that_is_not_known_is_told(job_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SageMaker may have it since boto3 was made. No account is asked."""
+    monkeypatch.setenv("AWS_PROFILE", "nobodys")
     report = look(Draft.read(write(job_file, sagemaker='instance = "ml.g5.xxlarge"')))
     assert report.exit_code == 0
     assert report.notes[-1].startswith(

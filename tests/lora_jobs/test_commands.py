@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, EndpointConnectionError
 
 import lora_jobs
 from lora_jobs.__main__ import main
@@ -48,6 +48,15 @@ def test_jobs_are_listed_in_a_table(monkeypatch: pytest.MonkeyPatch, capsys: Any
     assert second.split() == [JOB, "Completed", "5", "min", "30", "s,", "cost", "30.00"]
     assert head.index("status") == first.index("InProgress") == second.index("Completed")
     assert max(map(len, (head, first, second))) <= 80
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    found[0] = status(TrainingJobName=f"{'a' * 40}-01234567-2", **price)
+    for columns, lines in ((200, 3), (80, 6)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert main(["list"]) == 0
+        told = capsys.readouterr().out.splitlines()
+        assert len(told) == lines
+        assert max(map(len, told)) <= columns
+        assert any(f"{'a' * 40}-01234567-2" in line for line in told)
     assert main(["list", "--json", "--last", "1"]) == 0
     assert [one["job"] for one in json.loads(capsys.readouterr().out)] == [found[0].job]
     monkeypatch.setattr(listing, "jobs", lambda most, aws: [])
@@ -59,6 +68,10 @@ def test_the_log_is_followed_to_its_end(monkeypatch: pytest.MonkeyPatch, capsys:
     """Also what was said between the last look at the job and its end."""
     aws: Any = FakeAws({}, {}, OVER, lines=[["one"], [], ["two"]])
     assert [line.text for line in lora_jobs.logs(JOB, follow=True, every=0, aws=aws)] == ["one", "two"]
+    outage = EndpointConnectionError(endpoint_url="https://api.sagemaker")
+    aws = FakeAws({}, outage, OVER, lines=[["one"], ["two"]])
+    assert [line.text for line in lora_jobs.logs(JOB, follow=True, every=0, aws=aws)] == ["one", "two"]
+    assert "AWS cannot be reached, and is asked again" in capsys.readouterr().err
     aws = FakeAws({}, lines=[["one"]])
     assert [line.text for line in lora_jobs.logs(JOB, aws=aws)] == ["one"]
 

@@ -40,7 +40,7 @@ ANSWERS = {
     ): "[sagemaker] instance: SageMaker trains on no instance of the type that is named. Correct it:",
     (
         "ValidationException",
-        "Instance type ml.p5.48xlarge is not supported in region eu-west-3.",
+        "Instance type ml.p5.48xlarge is not supported in region eu-west-3. Try ml.g5.xlarge",
     ): "[sagemaker] instance: ml.p5.48xlarge cannot be had in this region. Take another instance type,",
     (
         "ImageNotFoundException",
@@ -112,8 +112,15 @@ def test_a_wall_of_text_is_cut() -> None:
     error = ClientError({"Error": {"Code": "Odd", "Message": "one of\n" + "many words " * 400}}, "Create")
     told = str(said(error))
     assert told.startswith("AWS: Create was refused with Odd. AWS says: one of many words many")
-    assert told.endswith(" many …. Correct what it names.")
+    assert told.endswith("…. Correct what it names.")
     assert len(told) < 500
+
+
+def test_what_comes_late_is_read_all_the_same() -> None:
+    wall = f"2 validation errors detected: Value '{'x, ' * 300}' at 'hyperParameters' failed to satisfy; "
+    message = f"{wall}Value 'ml.g5.huge' at 'resourceConfig.instanceType' failed to satisfy constraint"
+    error = ClientError({"Error": {"Code": "ValidationException", "Message": message}}, "CreateTrainingJob")
+    assert "no instance of the type ml.g5.huge" in str(said(error))
 
 
 def test_a_secret_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,22 @@ def test_filled_in_by_flags_it_is_fit(
     assert capsys.readouterr().out.startswith("fit\n")
 
 
+def test_lines_of_training_may_be_set(here: Path) -> None:
+    words = (
+        "resolution=128,128",
+        "max_train_epochs=2",
+        "allow_missing_captions=true",
+        'network_args=["a=1"]',
+    )
+    main(["init", *(word for each in words for word in ("--set", each))])
+    training = Draft.read(here / "job.toml").values["training"]
+    assert training == {
+        "resolution": "128,128", "max_train_epochs": 2, "allow_missing_captions": True,
+        "network_args": ["a=1"], "network_dim": 32, "network_alpha": 16,
+    }  # fmt: skip
+    assert (here / "job.toml").read_text().count("allow_missing_captions") == 1
+
+
 def test_what_is_commented_out_may_be_used(here: Path) -> None:
     """Each line that is only a comment's sign away is one that a job file takes."""
     main(

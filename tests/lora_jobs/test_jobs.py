@@ -197,10 +197,13 @@ def test_a_job_file_means_its_newest_job(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_others_jobs_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("cat-01234567", "xgboost-2026-11-22-12-00-00", "dog-01234567-2", "cat-1", "owl-01234567")
+    names = ("cat-01234567", "xgboost-2026-11-22-12-00-00", "dog-01234567-2", "cat-1", "cow-01234567",
+             "owl-01234567")  # fmt: skip
     aws: Any = type("Aws", (), {"sagemaker": FakeSageMaker(*names)})()
     monkeypatch.setattr(
-        importlib.import_module("lora_jobs.jobs"), "describe", lambda _, job: {**TOLD, "TrainingJobName": job}
+        importlib.import_module("lora_jobs.jobs"),
+        "described",
+        lambda _, job: None if job == "cow-01234567" else {**TOLD, "TrainingJobName": job},
     )
     assert [one.job for one in lora_jobs.jobs(aws=aws)] == ["cat-01234567", "dog-01234567-2", "owl-01234567"]
     assert [one.job for one in lora_jobs.jobs(most=1, aws=aws)] == ["cat-01234567"]

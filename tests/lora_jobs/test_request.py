@@ -185,29 +185,35 @@ def test_the_name_tells_what_is_learned(tmp_path: Path, lines: dict[str, str], s
 
 
 @pytest.mark.parametrize(
-    ("etag", "values", "same"),
+    ("etag", "gpus", "values", "same"),
     [
-        ("1", {"mixed_precision": "bf16", "max_data_loader_n_workers": 8}, True),
-        ("2", {"mixed_precision": "bf16"}, False),
-        ("1", {"mixed_precision": "fp16"}, False),
+        ("1", 1, {"mixed_precision": "bf16", "max_data_loader_n_workers": 8}, True),
+        ("2", 1, {"mixed_precision": "bf16"}, False),
+        ("1", 4, {"mixed_precision": "bf16"}, False),
+        ("1", 1, {"mixed_precision": "fp16"}, False),
     ],
 )
 def test_a_job_whose_states_would_be_refused_has_another_name(
-    tmp_path: Path, etag: str, values: dict[str, Any], same: bool
+    tmp_path: Path, etag: str, gpus: int, values: dict[str, Any], same: bool
 ) -> None:
-    """The data in S3 is another by now, or the instance's GPU brings another precision."""
+    """The data in S3 is another by now, or the instance has more GPUs, or one of another precision."""
     job = JobFile.read(write(tmp_path / "job.toml"))
     first, then = (
         base_name(job, plan, image=f"a@{DIGEST}", channels=CHANNELS)
-        for plan in (planned("1", mixed_precision="bf16"), planned(etag, **values))
+        for plan in (planned("1", mixed_precision="bf16"), planned(etag, gpus, **values))
     )
     assert (first == then) == same
 
 
-def planned(etag: str, **values: Any) -> Any:
-    """What a plan tells of its values and files; the data set is in S3."""
+def planned(etag: str, gpus: int = 1, **values: Any) -> Any:
+    """What a plan tells of its values, its GPUs and its files; the data set is in S3."""
     picture = RemoteObject(S3Uri("pictures", "of/mine/1.png"), 1, etag)
-    return SimpleNamespace(merged=SimpleNamespace(values=values), inputs=[Path("model.safetensors"), picture])
+    return SimpleNamespace(
+        merged=SimpleNamespace(values=values),
+        inputs=[Path("model.safetensors"), picture],
+        request=SimpleNamespace(trainer="sd-scripts"),
+        gpu=SimpleNamespace(count=gpus),
+    )
 
 
 def test_the_image_is_asked_for_by_digest(account: Account, tmp_path: Path) -> None:

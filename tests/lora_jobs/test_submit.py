@@ -1,5 +1,6 @@
 """lora submit, in an account of moto's."""
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from botocore.exceptions import ClientError
 from entrypoint.failures import Unfit
 from lora_jobs import JobFile, submit
 from lora_jobs.__main__ import main
+from lora_jobs.errors import LoraError
 from tests.lora_jobs.account import BUCKET, REPOSITORY, Account, account, job_file, write
 
 __all__ = ["account", "job_file"]
@@ -93,12 +95,26 @@ def test_a_job_that_came_to_nothing_goes_on_from_its_states(
     assert second.request["HyperParameters"]["output_uri"].endswith(f"/{second.name}/lora")
     account.end(second.name, status)
     assert main(["submit", str(job_file)]) == 0
-    told = f"{first.name}-3: started; it goes on from the states of {second.name}\n"
+    told = f"{first.name}-3: started; it goes on from the newest state, if {second.name} has left one\n"
     assert told in capsys.readouterr().out
     account.end(f"{first.name}-3", status)
     for deleted in (first.name, second.name):  # as DeleteTrainingJob does
         del account.jobs[deleted]
     assert submit(job_file).name == f"{first.name}-4"
+
+
+def test_what_is_listed_may_be_deleted_already(
+    account: Account, job_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = submit(job_file)
+    account.end(first.name, "Completed")
+    second = submit(job_file, again=True)
+    listed = [second.name, first.name]
+    del account.jobs[second.name]
+    monkeypatch.setattr(importlib.import_module("lora_jobs.submit"), "attempts", lambda *_: listed)
+    found = submit(job_file)
+    assert (found.name, found.started) == (first.name, False)
+    assert submit(job_file, again=True).name == f"{first.name}-3"
 
 
 @pytest.mark.parametrize(
@@ -160,7 +176,10 @@ def test_a_job_file_made_in_python(account: Account, job_file: Path) -> None:
         submit(JobFile.model_validate({**job.model_dump(), "training": {"lr": 1}}))
 
 
-def test_somebody_else_was_faster(account: Account, job_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("status", ["InProgress", "Failed"])
+def test_somebody_else_was_faster(
+    account: Account, job_file: Path, monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
     """Between the question and the start the same job is started elsewhere: SageMaker refuses its name."""
     ask = BaseClient._make_api_call  # type: ignore[attr-defined]
 
@@ -168,12 +187,16 @@ def test_somebody_else_was_faster(account: Account, job_file: Path, monkeypatch:
         if operation != "CreateTrainingJob":
             return ask(client, operation, arguments)
         ask(client, operation, arguments)
-        account.end(arguments["TrainingJobName"], "InProgress")
+        account.end(arguments["TrainingJobName"], status)
         raise ClientError({"Error": {"Code": "ResourceInUse", "Message": "it exists"}}, operation)
 
     monkeypatch.setattr(BaseClient, "_make_api_call", faster)
-    found = submit(job_file)
-    assert (found.started, found.status) == (False, "InProgress")
+    if status == "Failed":
+        with pytest.raises(LoraError, match="started elsewhere meanwhile, and has ended: Failed"):
+            submit(job_file)
+    else:
+        found = submit(job_file)
+        assert (found.started, found.status) == (False, status)
 
 
 def interrupting(account: Account, monkeypatch: pytest.MonkeyPatch, moment: int, *, after: bool) -> None:

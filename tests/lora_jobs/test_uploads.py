@@ -108,6 +108,24 @@ def test_what_was_sent_while_it_changed_is_sent_again(
     assert Storage().read(upload.folder / "2_shape/0.txt", limit=1 << 20) == meant.encode()
 
 
+def test_what_may_not_be_read_is_sent_again(
+    account: Account, job_file: Path, pictures_of_mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a key of KMS that one may only encrypt with."""
+    sent(account, job_file)
+    account.client("s3").delete_object(Bucket=BUCKET, Key=dataset(job_file).manifest.key)
+    ask = BaseClient._make_api_call  # type: ignore[attr-defined]
+
+    def refuse(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
+        if operation in ("HeadObject", "GetObject"):
+            raise REFUSED
+        return ask(client, operation, arguments)
+
+    monkeypatch.setattr(BaseClient, "_make_api_call", refuse)
+    uploads.send(dataset(job_file), Storage())
+    assert account.keys("of/mine/inputs/manifests/")
+
+
 def test_a_file_that_changes_meanwhile(account: Account, job_file: Path, pictures_of_mine: Path) -> None:
     upload = dataset(job_file)
     (pictures_of_mine / "0.txt").write_text("something quite different")

@@ -9,6 +9,8 @@ from entrypoint import states
 from entrypoint.event_log import EventLog
 from entrypoint.states import PLACES, Shelf
 from entrypoint.storage import Storage
+from kohya.config import Kind
+from tests.reports import prepared
 
 RUN = {"learning_rate": 1e-4, "data set": "4 pictures, ab"}
 
@@ -34,6 +36,24 @@ def find(folder: Path, run: dict[str, Any] = RUN) -> tuple[list[int], list[str]]
 
 def taken(folder: Path, work: Path) -> states.Taken | None:
     return states.take(states.find([folder], RUN, Storage())[0], work, Storage())
+
+
+def test_a_step_of_more_gpus_is_another_one(
+    tmp_path: Path, log: EventLog, base_models: dict[Kind, Path], pictures: Path
+) -> None:
+    plan = prepared(tmp_path, base_models["sd15"], pictures).plan
+    assert plan is not None
+    data: Any = {"data": (plan.dataset, plan.dataset_files), "reg": None, "weights": {}, "values": {}}
+    one, four = (
+        states.identity(plan.request, "sd15", plan.model, **data, dataset_config=None, processes=count)
+        for count in (1, 4)
+    )
+    shelf = Shelf(tmp_path / "shelf", one, None)
+    shelf.keep(make(tmp_path / "1", 1), log)
+    assert find(shelf.folder, one) == ([1], [])
+    steps, (problem,) = find(shelf.folder, four)
+    assert steps == []
+    assert "GPUs that train was 1 and is 4" in problem
 
 
 def test_two_places_take_turns_and_the_newest_is_taken(tmp_path: Path, log: EventLog) -> None:

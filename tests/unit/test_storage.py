@@ -34,6 +34,7 @@ from entrypoint.storage import (
     meter,
     retries,
     safe_relative,
+    sending,
 )
 from tests.harness import stopped_when
 from tests.s3 import free_port
@@ -628,6 +629,25 @@ def test_a_long_fetch_says_how_far_it_is(
 
 
 # When it is tried again
+
+
+@pytest.mark.parametrize("told", ["ChecksumCRC64NVME", "ETag"])
+def test_a_part_that_s3_has_is_held_against_the_file(tmp_path: Path, told: str) -> None:
+    """By its checksum, for under a key of KMS the ETag is no MD5; else by that."""
+    whole = bytes([1]) * sending.PART + b"end"
+    for content in (whole, whole[:-1] + b"x"):
+        file = tmp_path / "file"
+        file.write_bytes(content)
+        checksum, md5 = (
+            base64.b64encode(DIGESTS["crc64nvme"](b"end")).decode(),
+            hashlib.md5(b"end").hexdigest(),
+        )
+        part = {"PartNumber": 2, "Size": 3, "ETag": f'"{md5}"'}
+        if told != "ETag":
+            part |= {told: checksum, "ETag": f'"{"0" * 32}"'}
+        with file.open("rb") as opened:
+            assert sending._is_part(opened.fileno(), len(whole), part) == (content is whole)
+            assert not sending._is_part(opened.fileno(), len(whole), {**part, "Size": 2})
 
 
 def test_pauses_grow_to_a_ceiling_and_are_drawn_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
