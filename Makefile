@@ -146,7 +146,7 @@ test-gpu: $(READY) ## Run the tests that need a GPU and sd-scripts, and time the
 		|| { echo "make test-gpu needs an NVIDIA GPU, and nvidia-smi finds none here"; exit 1; }
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/gpu
 
-test: $(READY) ## Run all tests [TEST_S3_ENDPOINT: an S3 server to use instead of moto's]
+test: $(READY) ## Run all tests but those that need sd-scripts, Docker or a GPU [TEST_S3_ENDPOINT: an S3 server to use instead of moto's]
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal \
 		--ignore tests/sd_scripts --ignore tests/gpu --ignore tests/image
 

@@ -20,14 +20,14 @@ def problems(shape: Shape, value: Any) -> list[str]:
     report = ParamValidator().validate(value, shape)
     if report.has_errors():
         return [str(report.generate_report())]
-    return list(_beyond(shape, value, shape.name))
+    return list(_beyond(shape, value, ""))
 
 
 def _beyond(shape: Shape, value: Any, where: str) -> Iterator[str]:
     """Constraints that botocore leaves to the service."""
     if isinstance(shape, StructureShape):
         for name, inner in value.items():
-            yield from _beyond(shape.members[name], inner, f"{where}.{name}")
+            yield from _beyond(shape.members[name], inner, f"{where}.{name[0].lower()}{name[1:]}")
     elif isinstance(shape, ListShape):
         for number, inner in enumerate(value, 1):
             yield from _beyond(shape.member, inner, f"{where}.{number}.member")
@@ -35,7 +35,7 @@ def _beyond(shape: Shape, value: Any, where: str) -> Iterator[str]:
         for key, inner in value.items():
             yield from _beyond(shape.key, key, f"{where}.{key}")
             yield from _beyond(shape.value, inner, f"{where}.{key}")
-    told = f"Value at '{where}' failed to satisfy constraint: Member must"
+    told = f"Value '{value}' at '{where.lstrip('.')}' failed to satisfy constraint: Member must"
     facts = shape.metadata
     number = shape.type_name in ("integer", "long", "float")
     if "max" in facts and (value if number else len(value)) > facts["max"]:

@@ -135,11 +135,19 @@ class SageMaker:
             )
         for channel in request.get("InputDataConfig", ()):
             self._check_channel(channel["DataSource"]["S3DataSource"]["S3Uri"])
-        bucket = request["OutputDataConfig"]["S3OutputPath"].removeprefix("s3://").partition("/")[0]
+        places = [
+            channel["DataSource"]["S3DataSource"]["S3Uri"] for channel in request.get("InputDataConfig", ())
+        ]
+        for place in (*places, request["OutputDataConfig"]["S3OutputPath"]):
+            self._check_bucket(place.removeprefix("s3://").partition("/")[0])
+
+    def _check_bucket(self, bucket: str) -> None:
         try:
-            self._s3.head_bucket(Bucket=bucket)
+            region = self._s3.head_bucket(Bucket=bucket).get("BucketRegion", REGION)
         except ClientError:
             raise Refused("ValidationException", f"The bucket {bucket} does not exist") from None
+        if region != REGION:  # assumption: the words
+            raise Refused("ValidationException", f"The bucket {bucket} is in {region}, not in {REGION}")
 
     def _check_image(self, image: str) -> None:
         registry, _, rest = image.partition("/")

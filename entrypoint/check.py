@@ -331,15 +331,12 @@ def _trainer(
         problems += wrong_state
     if request.trainer == "builtin":
         return None, merged, [*problems, *(_absent_libraries() if here else []), *_builtin(merged)]
-    found = None
     try:
-        found = sd_scripts.find()
+        found = sd_scripts.find() if here else None
     except sd_scripts.MissingSdScripts as error:
         fix = "Type make sd-scripts, or set SD_SCRIPTS_DIR, or take the small trainer: --trainer=builtin"
-        if here:
-            return None, merged, [*problems, Problem("trainer sd-scripts", str(error), fix)]
-        merged = replace(merged, notes=(*merged.notes, f"{error}; nothing is trained on this machine"))
-    merged, wrongs = _sd_scripts(found if here else None, kind, merged, gpu)
+        return None, merged, [*problems, Problem("trainer sd-scripts", str(error), fix)]
+    merged, wrongs = _sd_scripts(found, kind, merged, gpu)
     return found, merged, [*problems, *wrongs]
 
 

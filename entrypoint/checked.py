@@ -108,7 +108,7 @@ class Report:
         if self.facts:
             yield from self._training(self.facts, found)
         rows = [("trainer", self.request.trainer), ("GPU", found.gpu.name if found.gpu else "none")]
-        if need := self._need():
+        if found.gpu and (need := self._need()):
             rows.append(("GPU memory", str(need)))
         if found.plan:
             room = f"{(to_fetch(found.plan) + OUTPUT_BYTES) / 1e9:.1f} GB"
@@ -216,7 +216,7 @@ def look(
             except StorageError as error:
                 problems.append(Outage(**asdict(error.problem)))
     elif found.plan is not None and told is not None and not told.exact:
-        notes.append("buckets, and the exact number of batches, show with --pictures")
+        notes.append("buckets, and the exact number of batches, show with check --pictures")
     return Report(tuple(problems), tuple(notes), request, found, told)
 
 

@@ -396,7 +396,10 @@ def _caption_problems(
             f"of {_count(len(pictures))}, {len(missing)} without a caption in a {extension} file of the "
             f"same name: {_names(listed, missing)}"
         )
-        fix = "Add the captions, or set allow_missing_captions=true to train those on the folder's name"
+        fix = (
+            "Add the captions, or set allow_missing_captions=true to train those on the folder's name, or "
+            "caption=wd14 to have them written"
+        )
         there = {listed.path(place).lower() for place in files.every}
         if others := _other_endings(map(listed.path, missing), there):
             ending, count = others.most_common(1)[0]

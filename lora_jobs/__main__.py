@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from entrypoint import console
 from entrypoint.failures import StorageError, Unfit
-from lora_jobs.errors import LoraError, said
+from lora_jobs.errors import LoraError, said, to_person
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -71,7 +71,7 @@ def _run(module: "ModuleType", arguments: argparse.Namespace) -> int:
             console.fail(str(problem))
         return 2
     except (LoraError, StorageError) as error:
-        console.fail(str(error))
+        console.fail(to_person(str(error)))
     except (BotoCoreError, ClientError) as error:
         console.fail(str(said(error)))
     except BrokenPipeError:  # of `| head`

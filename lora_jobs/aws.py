@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kohya.problem import Problem
-from lora_jobs.errors import LoraError
+from lora_jobs.errors import NO_REGION, LoraError
 
 if TYPE_CHECKING:
     from types_boto3_ecr import ECRClient
@@ -27,8 +27,7 @@ class Aws:
     def region(self) -> str:
         told = self._region or os.environ.get("AWS_REGION") or self._session.region_name
         if not told:
-            fix = "Write region under [sagemaker], or set AWS_REGION"
-            raise LoraError(Problem("region", "no region is said", fix))
+            raise LoraError(Problem("region", "no region is said", NO_REGION))
         return str(told)
 
     @cached_property

@@ -22,6 +22,7 @@ from entrypoint.contract import Tree
 from entrypoint.gpu import NAMED, UNNAMED, Gpu
 from kohya import config
 from kohya.problem import Problem
+from lora_jobs.errors import to_person
 from lora_jobs.job_file import CHANNELS, Draft, as_text, where
 
 # The GPU of an instance's family, and how many a size has, if not one:
@@ -98,6 +99,8 @@ def _notes(instance: str, gpu: Gpu | str | None) -> Iterator[str]:
     if instance not in types:
         meant = config.nearest(instance, types)
         yield f"instance = {instance} is not among the types that boto3 knows. {meant}"
+    elif gpu == "none":
+        yield f"{instance} has no GPU: a base model of full size takes minutes a step there"
     elif isinstance(gpu, Gpu) and gpu.name not in {one.name for one in NAMED.values()}:
         yield f"{instance}: there is no preset for its GPU, only for {', '.join(NAMED)}"
 
@@ -149,7 +152,7 @@ class _Words:
         self._keys = {channel: key for key, channel in CHANNELS.items()}
 
     def __call__(self, text: str) -> str:
-        channel = f"({'|'.join(self._keys)})"
+        channel, text = f"({'|'.join(self._keys)})", to_person(text)
         text = re.sub(r"hyperparameter (\w+)", lambda found: self._where.get(found[1], found[0]), text)
         text = re.sub(rf"Add a channel {channel}, or type --\1_uri=\S+/\1", self._written, text)
         text = re.sub(rf"\btype --{channel}_uri=\S+/\1", self._written, text)

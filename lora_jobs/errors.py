@@ -18,6 +18,11 @@ class LoraError(Exception):
         super().__init__(console.redact(str(problem)))
 
 
+def to_person(text: str) -> str:
+    """What is said to a job that may not do something, said to the one who types `lora`."""
+    return text.replace("to the job's role", "to yourself (lora policy JOB.toml --person prints all)")
+
+
 def said(error: "ClientError | BotoCoreError") -> LoraError:
     """What AWS, or the way to it, said: as a sentence that tells what to do."""
     from botocore.exceptions import ClientError  # noqa: PLC0415
@@ -31,6 +36,7 @@ def is_missing(error: "ClientError") -> bool:
     return code.startswith("Validation") and bool(re.search(_NO_SUCH_JOB, message))
 
 
+NO_REGION = "Write region under [sagemaker], type --region, or set AWS_REGION"
 _LONGEST = 400  # characters of what AWS says
 _NO_SUCH_JOB = r"(?i)requested resource not found|could not find training job"
 
@@ -195,7 +201,7 @@ def _unanswered(error: "BotoCoreError") -> Problem:
         ),
         (raised.CredentialRetrievalError, f"the credentials could not be had: {told}", credentials),
         (raised.ProfileNotFound, told, "Correct AWS_PROFILE; aws configure list-profiles shows them"),
-        (raised.NoRegionError, "no region is said", "Write [sagemaker] region, or set AWS_REGION"),
+        (raised.NoRegionError, "no region is said", NO_REGION),
         (
             (raised.ConnectionError, raised.HTTPClientError),
             f"it cannot be reached: {told}",

@@ -73,7 +73,7 @@ max_runtime_hours = 24    # then it is stopped, and keeps what it has
 resolution = "{resolution}"
 network_dim = {dim}          # the rank: 8 for one simple thing, more for a character or style
 network_alpha = {alpha}         # at half the rank learning rates act half as strong
-# sample_prompts = "prompts.txt"   # beside config, with sample_every_n_epochs = 1
+# sample_prompts = "prompts.txt"   # with sample_every_n_epochs = 1; a file beside that of config
 # allow_missing_captions = true
 """
 _PLACEHOLDERS = {

@@ -48,7 +48,7 @@ CHANNELS = {
     "weights": "weights", "tagger": "tagger",
 }  # fmt: skip
 LONGEST_HOURS = 28 * 24  # CreateTrainingJob: "the maximum value is 28 days"
-_PLACEHOLDERS = re.compile(r"\b(BUCKET|ACCOUNT|REGION|ROLE|TAG|DIGEST)\b")
+_PLACEHOLDERS = re.compile(r"\b(BUCKET|ACCOUNT|REGION|ROLE|TAG|DIGEST|IMAGE_URI|ROLE_ARN)\b")
 _NAME = re.compile("[a-z0-9][a-z0-9-]{0,39}")
 _MOST_HYPERPARAMETERS, _LONGEST_VALUE = 100, 2500  # of CreateTrainingJob, by botocore's service description
 _OURS = 2  # hyperparameters that `lora` adds: output_name, output_uri
@@ -273,6 +273,10 @@ class Draft:
             raise Unfit([Problem(str(path), "there is no such job file", fix)]) from error
         except (ValueError, RecursionError) as error:
             raise Unfit([Problem(str(path), f"it is no TOML: {error}".rstrip("."), "Mend it")]) from error
+        if values and not values.keys() & {"name", "base_model", "dataset", "output", "sagemaker"}:
+            wrong = "it is no job file, but a configuration, such as lora fetch brings"
+            fix = f'Name it in a job file: config = "{path.name}". lora init writes one'
+            raise Unfit([Problem(str(path), wrong, fix)])
         folder = path.absolute().parent
         for key in CHANNELS:  # a path is one from the job file on
             if isinstance(value := values.get(key), str) and value and "://" not in value:

@@ -5,7 +5,7 @@
     aws iam put-role-policy --role-name NAME --policy-name loras --policy-document file://role.json
 
 Without a flag it is for the job's role; with --person for the one who types lora; --trust is the role's trust
-policy. It allows all jobs of the job file's name.
+policy. They allow all jobs of the job file's name.
 """
 
 import argparse

@@ -16,12 +16,12 @@ from entrypoint.console import SECRET_OPTIONS
 from entrypoint.failures import Unfit
 from entrypoint.files import size
 from entrypoint.inputs import PLACED
-from entrypoint.storage import RemoteObject
+from entrypoint.storage import RemoteObject, S3Uri
 from kohya import config
 from kohya.problem import Problem
 from kohya.states import NOT_LEARNED
 from lora_jobs.aws import Aws
-from lora_jobs.job_file import JobFile, where
+from lora_jobs.job_file import CHANNELS, JobFile, where
 from lora_jobs.jobs import PRICE
 
 if TYPE_CHECKING:
@@ -150,6 +150,35 @@ def image_by_digest(job: JobFile, aws: Aws) -> str:
     )
     digest = told["imageDetails"][0]["imageDigest"]
     return f"{image.removesuffix(':' + (found['tag'] or ''))}@{digest}"
+
+
+def check_buckets(job: JobFile, aws: Aws) -> None:
+    """Raise Unfit for buckets that are not there, or not in the job's region, as S3DataSource in SageMaker's
+    API reference wants them. A bucket that may not be looked at says its region all the same.
+    """
+    from botocore.exceptions import ClientError  # noqa: PLC0415 (lora --help needs none)
+
+    keys = {channel: key for key, channel in CHANNELS.items()}
+    given = {**{keys[channel]: uri for channel, uri in job.remote.items()}, "output": job.output}
+    problems = []
+    for key, uri in given.items():
+        bucket = S3Uri.parse(uri).bucket
+        try:
+            told: Mapping[str, Any] = aws.s3.head_bucket(Bucket=bucket)["ResponseMetadata"]
+        except ClientError as error:
+            told = error.response["ResponseMetadata"]
+        region = told.get("HTTPHeaders", {}).get("x-amz-bucket-region", aws.region)
+        if told["HTTPStatusCode"] == 404:
+            wrong, fix = f"there is no bucket {bucket}", "Correct its name, or make it: aws s3 mb"
+            problems.append(Problem(where(job.file, key), wrong, fix))
+        elif region != aws.region:
+            wrong = (
+                f"the bucket {bucket} is in {region}, the job in {aws.region}, and SageMaker wants one region"
+            )
+            fix = f'Write region = "{region}" under [sagemaker], or take a bucket in {aws.region}'
+            problems.append(Problem(where(job.file, key), wrong, fix))
+    if problems:
+        raise Unfit(problems)
 
 
 def ecr_repository(job: JobFile) -> tuple[str, str, str]:

@@ -22,8 +22,9 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         again = arguments.job if arguments.job.endswith(".toml") else "JOB.toml"
         print(f"{job} is being stopped: it saves a state and publishes its LoRAs, within two minutes.")
-        print(f"  lora fetch {arguments.job}    fetches what there is then")
-        print(f"  lora submit {again}    goes on from its state, once it has ended")
+        wide = max(len(f"fetch {arguments.job}"), len(f"submit {again}"))
+        print(f"  lora {f'fetch {arguments.job}':{wide}}    fetches what there is then")
+        print(f"  lora {f'submit {again}':{wide}}    goes on from its state, once it has ended")
     return 0
 
 

@@ -85,6 +85,7 @@ def submit(job_file: "JobFile | Path", *, again: bool = False, dry_run: bool = F
     job, plan = draft.job, report.found.plan
 
     aws = Aws(job.sagemaker.region)
+    request.check_buckets(job, aws)
     image = request.image_by_digest(job, aws)
     local = uploads.find(job, plan)
     channels = uploads.places(job, local)
@@ -98,6 +99,8 @@ def submit(job_file: "JobFile | Path", *, again: bool = False, dry_run: bool = F
             raise LoraError(Problem(newest, wrong, f"Type lora stop {newest}, or wait for its end"))
         return _having(found, request.loras(job, newest))
 
+    for note in report.notes:
+        console.say(f"note: {note}")
     asked = request.training_job(
         job, name=name, base=base, image=image, channels=channels, volume_gb=request.volume_gb(plan)
     )

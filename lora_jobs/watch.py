@@ -74,7 +74,7 @@ def follow(job: str, *, every: float = EVERY, aws: Aws | None = None) -> Iterato
     from botocore.exceptions import HTTPClientError  # noqa: PLC0415
 
     aws = aws or Aws()
-    log, progress, status = Log(aws, job), Progress(), None
+    log, progress, status, reached = Log(aws, job), Progress(), None, True
     while status is None or not status.over:
         try:
             told = describe(aws, job)  # before the log is read: what it said last is not missed
@@ -82,9 +82,15 @@ def follow(job: str, *, every: float = EVERY, aws: Aws | None = None) -> Iterato
         except (HTTPClientError, Unconnected) as error:
             if status is None:
                 raise
-            warn(f"AWS cannot be reached, and is asked again: {redact(str(error))}")
+            if reached:  # once an outage
+                until = "and is asked again until Ctrl-C, which leaves the job alone"
+                warn(f"AWS cannot be reached, {until}: {redact(str(error))}")
+            reached = False
             time.sleep(every)
             continue
+        if not reached:
+            warn("AWS answers again.")
+        reached = True
         for line in lines:
             progress = progress.after(line.text)
         status = Status.of(told, progress)

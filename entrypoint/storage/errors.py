@@ -68,7 +68,7 @@ _SENTENCES: Mapping[str, tuple[str, str]] = {
     "InvalidToken": _REJECTED,
     "SignatureDoesNotMatch": _REJECTED,
     "InvalidBucketName": _NO_BUCKET_NAME,
-    "NoSuchBucket": ("there is no such bucket", "Correct the bucket's name; its region does not matter"),
+    "NoSuchBucket": ("there is no such bucket", "Correct the bucket's name"),
     "InvalidObjectState": (
         "the object is archived (Glacier or Deep Archive) and cannot be read",
         "Restore it first: aws s3api restore-object --bucket {bucket} --key '{key}' --restore-request Days=7",

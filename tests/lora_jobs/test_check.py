@@ -1,16 +1,21 @@
 """lora check: one report, in the words of the job file."""
 
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from botocore.client import BaseClient
+from botocore.exceptions import ClientError
 
+from entrypoint.checked import plain
 from entrypoint.gpu import UNNAMED, Gpu
 from entrypoint.storage import retries
 from lora_jobs.__main__ import main
 from lora_jobs.check import gpu_of, look
 from lora_jobs.job_file import Draft
-from tests.lora_jobs.account import Account, account, job_file, write
+from tests.lora_jobs.account import BUCKET, Account, account, job_file, write
 from tests.s3 import free_port
 
 __all__ = ["account", "job_file"]
@@ -104,6 +109,30 @@ def test_a_bucket_that_is_not_there(account: Account, job_file: Path) -> None:
     (where, wrong), *more = told(job_file).items()
     assert (where, more) == ("s3://no-such-bucket-of-mine/pictures", [])
     assert wrong.startswith("there is no such bucket")
+
+
+def test_a_right_that_is_missing_is_the_persons(
+    account: Account, job_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who types lora, not the job's role, is who was refused."""
+
+    def refuse(*_: object) -> None:
+        told: Any = {"Error": {"Code": "AccessDenied"}, "ResponseMetadata": {"HTTPStatusCode": 403}}
+        raise ClientError(told, "ListObjectsV2")
+
+    write(job_file, dataset=f"s3://{BUCKET}/pictures")
+    monkeypatch.setattr(BaseClient, "_make_api_call", refuse)
+    fix = (
+        f"Allow s3:ListBucket on arn:aws:s3:::{BUCKET} to yourself (lora policy JOB.toml --person prints all)"
+    )
+    assert fix in str(look(Draft.read(job_file)).problems[0])
+    write(job_file)
+    monkeypatch.setattr("lora_jobs.request.check_buckets", lambda *_: None)
+    monkeypatch.setattr("lora_jobs.request.image_by_digest", lambda *_: f"a@sha256:{'0' * 64}")
+    module = importlib.import_module("lora_jobs.submit")
+    monkeypatch.setattr(module, "_attempts", lambda *_: (None, "cat-01234567"))
+    assert main(["submit", str(job_file)]) == 1
+    assert "to yourself (lora policy" in capsys.readouterr().err
 
 
 def test_storage_that_does_not_answer(
@@ -202,6 +231,8 @@ def test_a_machine_without_a_gpu_is_not_called_this_one(job_file: Path) -> None:
     report = look(Draft.read(write(job_file, sagemaker='instance = "ml.c5.xlarge"')))
     assert report.found
     assert report.found.merged.settings["mixed_precision"].where == "a machine without a GPU"
+    assert "ml.c5.xlarge has no GPU: a base model of full size takes minutes a step there" in report.notes
+    assert "GPU memory" not in "\n".join(plain(report))
 
 
 def test_the_instance_decides_the_precision(job_file: Path) -> None:

@@ -93,7 +93,7 @@ def test_an_answer(code: str, message: str) -> None:
             exceptions.ProfileNotFound(profile="mine"),
             "AWS: The config profile (mine) could not be found. Correct AWS_PROFILE;",
         ),
-        (exceptions.NoRegionError(), "AWS: no region is said. Write [sagemaker] region, or set AWS_REGION."),
+        (exceptions.NoRegionError(), "AWS: no region is said. Write region under [sagemaker], type --region, or set AWS_REGION."),
         (
             exceptions.EndpointConnectionError(endpoint_url="http://127.0.0.1:1"),
             'AWS: it cannot be reached: Could not connect to the endpoint URL: "http://127.0.0.1:1". Check',

@@ -33,6 +33,15 @@ def test_a_fit_one(tmp_path: Path) -> None:
     assert (machine.spot, machine.max_runtime_hours, machine.wait_hours) == (True, 24, 48)
 
 
+def test_a_configuration_is_no_job_file(tmp_path: Path) -> None:
+    """Such as lora fetch brings, under the job file's own name."""
+    file = tmp_path / "job.toml"
+    file.write_text("network_dim = 8\nmax_train_epochs = 2\n")
+    ((where, told),) = problems(file).items()
+    assert where == str(file)
+    assert told.startswith("it is no job file, but a configuration, such as lora fetch brings. Name it")
+
+
 def test_a_path_is_one_from_the_job_file_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     job = JobFile.read(write(tmp_path / "job.toml", dataset="/pictures", base_model="s3://models/a.ckpt"))

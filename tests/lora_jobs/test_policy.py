@@ -30,6 +30,7 @@ _S3 = {
     "CompleteMultipartUpload": ["PutObject"], "CopyObject": ["PutObject"],
     "ListParts": ["ListMultipartUploadParts"], "ListMultipartUploads": ["ListBucketMultipartUploads"],
     "AbortMultipartUpload": ["AbortMultipartUpload"],
+    "HeadBucket": [],  # refused, it says the region all the same
 }  # fmt: skip
 
 # What the commands of the other half ask for (list, watch, logs, stop, fetch, board), and what happens only

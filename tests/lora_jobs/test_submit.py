@@ -141,7 +141,7 @@ def test_a_dry_run_changes_nothing(
 ) -> None:
     assert main(["submit", str(job_file), "--dry-run"]) == 0
     asked = json.loads(capsys.readouterr().out)
-    assert {name for _, name, _ in account.calls} <= {"DescribeImages", "ListTrainingJobs"}
+    assert {name for _, name, _ in account.calls} <= {"DescribeImages", "HeadBucket", "ListTrainingJobs"}
     assert (account.keys(), account.jobs) == ([], {})
     assert submit(job_file).request == asked
 
@@ -167,6 +167,49 @@ def test_an_unfit_job_costs_nothing(
         "[training] max_train_epochs",
     ]
     assert not account.calls
+
+
+def test_a_bucket_elsewhere_is_told_before_anything_is_sent(
+    account: Account, job_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = {"LocationConstraint": "eu-central-1"}
+    account.client("s3").create_bucket(Bucket="in-frankfurt", CreateBucketConfiguration=where)
+    write(job_file, output="s3://in-frankfurt/loras")
+    assert main(["submit", str(job_file)]) == 2
+    assert "job.toml: output: the bucket in-frankfurt is in eu-central-1, the job in us-east-1" in (
+        capsys.readouterr().err
+    )
+    write(job_file, output="s3://nobodys-bucket/loras")
+    assert main(["submit", str(job_file)]) == 2
+    assert "job.toml: output: there is no bucket nobodys-bucket" in capsys.readouterr().err
+    assert not account.made("PutObject")
+
+
+def test_a_bucket_that_may_not_be_looked_at(
+    account: Account, job_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 says where it is with its refusal."""
+    ask = BaseClient._make_api_call  # type: ignore[attr-defined]
+
+    def refuse(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
+        if operation != "HeadBucket":
+            return ask(client, operation, arguments)
+        told = {"HTTPStatusCode": 403, "HTTPHeaders": {"x-amz-bucket-region": region}}
+        raise ClientError({"Error": {"Code": "403"}, "ResponseMetadata": told}, operation)  # type: ignore[typeddict-item]
+
+    monkeypatch.setattr(BaseClient, "_make_api_call", refuse)
+    region = "eu-central-1"
+    with pytest.raises(Unfit, match="is in eu-central-1, the job in us-east-1"):
+        submit(job_file)
+    region = "us-east-1"
+    assert submit(job_file).started
+
+
+def test_what_check_notes_is_told(
+    account: Account, job_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["submit", str(write(job_file, sagemaker='instance = "ml.g5.xlrage"'))]) == 0
+    assert "note: instance = ml.g5.xlrage is not among the types that boto3 knows" in capsys.readouterr().out
 
 
 def test_a_job_file_made_in_python(account: Account, job_file: Path) -> None:

@@ -134,8 +134,11 @@ def test_an_outage_is_waited_for(type_watch: Any, capsys: pytest.CaptureFixture[
     """But not at the first look: then something is set wrongly."""
     outage = EndpointConnectionError(endpoint_url="https://api.sagemaker")
     end = {"TrainingJobStatus": "Completed", "SecondaryStatus": "Completed", **OVER}
-    assert type_watch(FakeAws({}, outage, end)) == 0
-    assert "AWS cannot be reached, and is asked again" in capsys.readouterr().err
+    assert type_watch(FakeAws({}, outage, outage, {}, outage, end)) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert ["cannot be reached" in line for line in told] == [True, False, True, False]  # once an outage
+    assert "is asked again until Ctrl-C, which leaves the job alone" in told[0]
+    assert told[1] == "WARNING: AWS answers again."
     assert type_watch(FakeAws(outage)) == 1
 
 

@@ -150,9 +150,7 @@ def test_sd_scripts_that_are_not_there(tmp_path: Path, monkeypatch: pytest.Monke
     absent = f"sd-scripts is not in {tmp_path}: there is no train_network.py"
     said = tried(trainer="sd-scripts")[1]
     assert said.startswith(f"trainer sd-scripts: {absent}. Type make sd-scripts, or set SD_SCRIPTS_DIR")
-    merged, said = tried(trainer="sd-scripts", here=False)
-    assert said == ""
-    assert merged.notes[-1] == f"{absent}; nothing is trained on this machine"
+    assert tried(trainer="sd-scripts", here=False)[1] == ""  # nothing is trained on this machine
 
 
 def test_xformers_where_there_are_none(python: Path, tmp_path: Path) -> None:
@@ -260,7 +258,7 @@ def test_a_state_of_another_run_is_told_unless_the_user_names_one(
     else:
         (problem,) = told
         assert problem.startswith(
-            f"{tree.checkpoints}/state-a: it is of another run: VAE and weights was not"
+            f"{tree.checkpoints}/state-a: it is of another run: GPUs that train was not"
         )
     assert found.plan is not None
     assert found.plan.states == []

@@ -61,7 +61,7 @@ MISSING = "there is no such object", "Correct the key"
         ("RequestExpired RequestTimeTooSkewed", SKEWED),
         ("InvalidAccessKeyId InvalidToken SignatureDoesNotMatch", REJECTED),
         ("InvalidBucketName", ("this is no name of a bucket", "Correct the URI: s3://bucket/key")),
-        ("NoSuchBucket", ("there is no such bucket", "its region does not matter")),
+        ("NoSuchBucket", ("there is no such bucket", "Correct the bucket's name")),
         (
             "InvalidObjectState",
             ("the object is archived", "--bucket bucket --key 'models/base.safetensors' --restore-request"),
