@@ -83,13 +83,14 @@ class _Board:
 def _shown(jobs: Sequence[tuple[Aws, str]], port: int | None, every: float) -> Iterator[_Board]:
     """TensorBoard as a child, which ends with the block; a thread fetches what is logged meanwhile."""
     over, port = threading.Event(), _free_port(port)
-    with tempfile.TemporaryDirectory(prefix="lora-board-") as folder, tempfile.TemporaryFile() as said:
+    temporary = tempfile.TemporaryDirectory(prefix="lora-board-", ignore_cleanup_errors=True)
+    with temporary as folder, tempfile.TemporaryFile() as said:
         runs = [Run(aws, job, Path(folder)) for aws, job in jobs]
         for one in runs:
             one.look()
             if not one.files:
                 warn(f"{one.job} has logged nothing yet; its curve appears when it does.")
-        looking = threading.Thread(target=_look, args=(runs, every, over))
+        looking = threading.Thread(target=_look, args=(runs, every, over), daemon=True)
         with _tensorboard(Path(folder), port, said) as process:
             shown = _Board(f"http://127.0.0.1:{port}/", process, said)
             if not _answers(process, port):
@@ -99,7 +100,7 @@ def _shown(jobs: Sequence[tuple[Aws, str]], port: int | None, every: float) -> I
                 yield shown
             finally:
                 over.set()
-                looking.join()
+                looking.join(1)  # and no longer: the network that it waits for may be gone
 
 
 class Run:
@@ -161,10 +162,13 @@ def _look(runs: Sequence[Run], every: float, over: threading.Event) -> None:
 
     while not over.wait(every):
         for one in runs:
+            if over.is_set():
+                return
             try:
                 one.look()
-            except (BotoCoreError, ClientError) as error:
-                warn(f"{one.job}: its event log could not be fetched, and is tried again: {error}")
+            except (BotoCoreError, ClientError, OSError) as error:
+                if not over.is_set():
+                    warn(f"{one.job}: its event log could not be fetched, and is tried again: {error}")
 
 
 @contextmanager
@@ -200,10 +204,10 @@ def _answers(board: "subprocess.Popen[bytes]", port: int) -> bool:
 
 
 def _free_port(asked: int | None) -> int:
-    """The port that was asked for, else TensorBoard's own, else a free one. Raises LoraError."""
-    for port in (asked,) if asked else (_PORT, 0):
-        with socket.socket() as listener, suppress(OSError):
+    """The one asked for, 0 for a free one; None: TensorBoard's own, else a free one. Raises LoraError."""
+    for port in (_PORT, 0) if asked is None else (asked,):
+        with socket.socket() as listener, suppress(OSError, OverflowError):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(("127.0.0.1", port))
             return int(listener.getsockname()[1])
-    raise LoraError(f"--port {asked}: something else listens there. Leave it out for a free one")
+    raise LoraError(f"--port {asked}: it cannot be listened on. Leave it out for a free one")

@@ -36,13 +36,14 @@ _GPUS: Mapping[str, tuple[Gpu, Mapping[str, int]]] = {
     "g5": (NAMED["a10g"], _G),
     "g6": (NAMED["l4"], _G),
     "g6e": (NAMED["l40s"], _G),
-    "g7e": (UNNAMED, {"12xlarge": 2, "24xlarge": 4, "48xlarge": 8}),
+    **dict.fromkeys(("g7", "g7e"), (UNNAMED, {"12xlarge": 2, "24xlarge": 4, "48xlarge": 8})),
     "p2": (Gpu("Tesla K80", 3.7, 1), {"8xlarge": 8, "16xlarge": 16}),
     "p3": (_V100, {"8xlarge": 4, "16xlarge": 8}),
     "p3dn": (_V100, _P),
     "p4d": (NAMED["a100"], _P),
     "p4de": (replace(NAMED["a100"], memory=81920 << 20), _P),
     "p5": (NAMED["h100"], _P),
+    "p6e-gb200": (UNNAMED, {"36xlarge": 4}),
     **dict.fromkeys(("p5e", "p5en", "p6-b200", "p6-b300"), (UNNAMED, _P)),
 }
 _WITHOUT_GPU = re.compile(r"ml\.([cmrt]\d|trn|inf)")

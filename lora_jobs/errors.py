@@ -20,6 +20,9 @@ class LoraError(Exception):
 
 def to_person(text: str) -> str:
     """What is said to a job that may not do something, said to the one who types `lora`."""
+    text = text.replace(
+        "on that key to the job's role", "on that key to yourself"
+    )  # no policy of ours knows it
     return text.replace("to the job's role", "to yourself (lora policy JOB.toml --person prints all)")
 
 
@@ -87,7 +90,7 @@ _ANSWERS: tuple[tuple[str, str, _Made], ...] = (
     ),
     (
         "ValidationException",
-        r"(?i)(?=.*\b(?:not|un)\s?(?:supported|available|offered))(?:.*?\b(?P<type>ml\.[\w-]+\.\w+))",
+        r"(?i)\A(?=.*\b(?:not|un)\s?(?:supported|available|offered))(?:.*?\b(?P<type>ml\.[\w-]+\.\w+))",
         lambda m: Problem(
             "[sagemaker] instance",
             f"{m['type']} cannot be had in this region",
@@ -96,12 +99,12 @@ _ANSWERS: tuple[tuple[str, str, _Made], ...] = (
     ),
     (
         "(?:RepositoryNotFound|ImageNotFound)Exception|ValidationException",
-        r"(?i)(?P<said>.*\b(?:image|repository)\b.*(?:not\s(?:exist|found)|cannot find|could not find).*"
-        r"|.*(?:cannot|could not) find (?:the )?(?:requested )?(?:image|repository|tag)\b.*"
-        r"|.*access denied for repository.*)",
+        r"(?i)\b(?:image|repository)\b.*(?:not\s(?:exist|found)|cannot find|could not find)"
+        r"|(?:cannot|could not) find (?:the )?(?:requested )?(?:image|repository|tag)\b"
+        r"|access denied for repository",
         lambda m: Problem(
             "[sagemaker] image",
-            f"it is not in ECR. AWS says: {_short(m['said'])}",
+            f"it is not in ECR. AWS says: {_short(m.string)}",
             "Type make image push in a checkout, and write the URI that it prints",
         ),
     ),

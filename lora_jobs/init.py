@@ -97,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         action="append",
+        type=_line,
         default=[],
         metavar="OPTION=VALUE",
         help="a line of [training]; more than once",
@@ -143,17 +144,27 @@ def text(arguments: argparse.Namespace) -> str:
         dim=2 * alpha,
         alpha=alpha,
     )
-    for given in arguments.set:
-        content = _with(content, *given.partition("=")[::2])
+    for name, value in arguments.set:
+        content = _with(content, name, value)
     return content
+
+
+def _line(given: str) -> tuple[str, str]:
+    """The name and the value of --set."""
+    name, equals, value = (part.strip() for part in given.partition("="))
+    if not equals or not re.fullmatch(r"[\w-]+", name, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{given!r} is not OPTION=VALUE")
+    return name, value
 
 
 def _with(content: str, name: str, value: str) -> str:
     """The content with a line of [training]: in the place of the one that is there, or after the others."""
     try:
-        tomllib.loads(f"value = {value}")
-    except tomllib.TOMLDecodeError:  # a text, as it stands in a shell
-        value = json.dumps(value, ensure_ascii=False)
+        told = tomllib.loads(f"value = {value}")
+    except (ValueError, RecursionError):
+        told = {}
+    if told.keys() != {"value"} or not isinstance(told["value"], bool | int | float | str | list):
+        value = json.dumps(value, ensure_ascii=False)  # a text, as it stands in a shell
     top, table, training = content.partition("[training]\n")
     line = f"{name} = {value}\n"
     replaced, count = re.subn(rf"(?m)^(?:# )?{re.escape(name)} = .*\n", lambda _: line, training, count=1)

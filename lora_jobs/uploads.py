@@ -220,7 +220,12 @@ def _copy(
     for name, uri in list(manifests.items())[:_FORMER]:
         if uri == upload.manifest:
             continue
-        content = json.loads(storage.read(uri, limit=1 << 26))
+        try:
+            content = json.loads(storage.read(uri, limit=1 << 26))
+        except StorageError as error:
+            if isinstance(error.problem, Outage):
+                raise
+            continue  # it may not be read, and nothing is copied from it
         folder = S3Uri(upload.folder.bucket, upload.folder.key.rpartition("/")[0]) / name.removesuffix(
             ".json"
         )

@@ -1,6 +1,7 @@
 """lora board: event logs, as they grow in S3."""
 
 import json
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -101,7 +102,7 @@ def test_logs_of_one_job_are_one_run(logged: Logged, run: Run, tmp_path: Path) -
 def test_it_lasts_as_long_as_the_block(logged: Logged, tmp_path: Path) -> None:
     """And shows what is logged meanwhile."""
     aws: Any = logged
-    with board(JOB, every=0.1, aws=aws) as address:
+    with board(JOB, port=0, every=0.1, aws=aws) as address:
         logged.log(write_log(tmp_path / "log", 3).read_bytes())
         place, end = (
             f"{address}data/plugin/scalars/scalars?run={JOB}&tag=loss%2Fcurrent",
@@ -115,6 +116,39 @@ def test_it_lasts_as_long_as_the_block(logged: Logged, tmp_path: Path) -> None:
         assert steps == [1, 2, 3]
     with pytest.raises(OSError):
         urllib.request.urlopen(address, timeout=5)
+
+
+@pytest.mark.parametrize("port", [70000, -1])
+def test_a_port_that_is_none(logged: Logged, port: int) -> None:
+    aws: Any = logged
+    with (
+        pytest.raises(LoraError, match=f"--port {port}: it cannot be listened on"),
+        board(JOB, port=port, aws=aws),
+    ):
+        pass
+
+
+def test_it_ends_at_once_where_the_network_is_gone(
+    logged: Logged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A look that fails is told, and one that hangs is not waited for."""
+    aws: Any = logged
+    looks, hung = iter(range(10)), threading.Event()
+
+    def look(_: Run) -> None:
+        number = next(looks)
+        if number == 1:
+            raise OSError(28, "No space left on device")
+        if number == 2:
+            hung.set()
+            threading.Event().wait(60)
+
+    monkeypatch.setattr(Run, "look", look)
+    with board(JOB, port=0, every=0.01, aws=aws):
+        assert hung.wait(60)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 30
+    assert "could not be fetched, and is tried again: [Errno 28]" in capsys.readouterr().err
 
 
 def test_a_tensorboard_that_ends_is_told(

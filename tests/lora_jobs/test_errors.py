@@ -1,5 +1,7 @@
 """What AWS says, as sentences. The messages are AWS's own, shortened where they are long."""
 
+import time
+
 import pytest
 from botocore import exceptions
 from botocore.exceptions import BotoCoreError, ClientError
@@ -93,7 +95,10 @@ def test_an_answer(code: str, message: str) -> None:
             exceptions.ProfileNotFound(profile="mine"),
             "AWS: The config profile (mine) could not be found. Correct AWS_PROFILE;",
         ),
-        (exceptions.NoRegionError(), "AWS: no region is said. Write region under [sagemaker], type --region, or set AWS_REGION."),
+        (
+            exceptions.NoRegionError(),
+            "AWS: no region is said. Write region under [sagemaker], type --region, or set AWS_REGION.",
+        ),
         (
             exceptions.EndpointConnectionError(endpoint_url="http://127.0.0.1:1"),
             'AWS: it cannot be reached: Could not connect to the endpoint URL: "http://127.0.0.1:1". Check',
@@ -114,6 +119,14 @@ def test_a_wall_of_text_is_cut() -> None:
     assert told.startswith("AWS: Create was refused with Odd. AWS says: one of many words many")
     assert told.endswith("…. Correct what it names.")
     assert len(told) < 500
+
+
+def test_a_long_answer_is_understood_at_once() -> None:
+    message = "Value '" + "an image of a cat, " * 500 + "' at 'hyperParameters' failed to satisfy constraint"
+    error = ClientError({"Error": {"Code": "ValidationException", "Message": message}}, "CreateTrainingJob")
+    begun = time.process_time()
+    assert str(said(error)).startswith("AWS: CreateTrainingJob was refused with ValidationException.")
+    assert time.process_time() - begun < 5
 
 
 def test_what_comes_late_is_read_all_the_same() -> None:

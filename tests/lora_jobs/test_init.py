@@ -72,6 +72,28 @@ def test_lines_of_training_may_be_set(here: Path) -> None:
     assert (here / "job.toml").read_text().count("allow_missing_captions") == 1
 
 
+def test_odd_lines_of_training(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(
+        [
+            "init",
+            "--set",
+            "network_dim =8",
+            "--set",
+            "training_comment=2026-11-22",
+            "--set",
+            f"x={'[' * 5000}",
+        ]
+    )
+    training = Draft.read(here / "job.toml").values["training"]
+    assert (training["network_dim"], training["training_comment"]) == (8, "2026-11-22")
+    assert training["x"] == "[" * 5000
+    for given in ("max_train_epochs", "a b=1", "=1"):
+        with pytest.raises(SystemExit):
+            main(["init", "--set", given, "other.toml"])
+        assert f"{given!r} is not OPTION=VALUE" in capsys.readouterr().err
+    assert not (here / "other.toml").exists()
+
+
 def test_what_is_commented_out_may_be_used(here: Path) -> None:
     """Each line that is only a comment's sign away is one that a job file takes."""
     main(

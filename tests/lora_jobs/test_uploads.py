@@ -113,6 +113,8 @@ def test_what_may_not_be_read_is_sent_again(
 ) -> None:
     """As with a key of KMS that one may only encrypt with."""
     sent(account, job_file)
+    (pictures_of_mine / "0.txt").write_text("another caption")  # beside the manifest of the former folder
+    sent(account, job_file)
     account.client("s3").delete_object(Bucket=BUCKET, Key=dataset(job_file).manifest.key)
     ask = BaseClient._make_api_call  # type: ignore[attr-defined]
 
@@ -123,7 +125,7 @@ def test_what_may_not_be_read_is_sent_again(
 
     monkeypatch.setattr(BaseClient, "_make_api_call", refuse)
     uploads.send(dataset(job_file), Storage())
-    assert account.keys("of/mine/inputs/manifests/")
+    assert len(account.keys("of/mine/inputs/manifests/dataset-")) == 2
 
 
 def test_a_file_that_changes_meanwhile(account: Account, job_file: Path, pictures_of_mine: Path) -> None:
