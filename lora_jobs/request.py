@@ -169,7 +169,10 @@ def check_buckets(job: JobFile, aws: Aws) -> None:
             told = error.response["ResponseMetadata"]
         region = told.get("HTTPHeaders", {}).get("x-amz-bucket-region", aws.region)
         if told["HTTPStatusCode"] == 404:
-            wrong, fix = f"there is no bucket {bucket}", "Correct its name, or make it: aws s3 mb"
+            wrong, fix = (
+                f"there is no bucket {bucket}",
+                f"Correct its name, or make it: aws s3 mb s3://{bucket}",
+            )
             problems.append(Problem(where(job.file, key), wrong, fix))
         elif region != aws.region:
             wrong = (

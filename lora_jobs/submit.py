@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         for line in _told(found, arguments.job_file):
             console.say(line)
-    return 0
+    return 1 if found.status == "Stopping" else 0  # nothing was started, and nothing will be made
 
 
 def submit(job_file: "JobFile | Path", *, again: bool = False, dry_run: bool = False) -> Submitted:
@@ -166,5 +166,7 @@ def _told(found: Submitted, file: Path) -> "Iterator[str]":
     yield f"LoRAs: {found.output}"
     if found.status == "Completed":
         yield f"next: lora fetch {file}"
+    elif found.status == "Stopping":
+        yield f"next: lora watch {file}, then lora submit {file}"
     else:  # by the job file, which knows the region
         yield f"next: lora watch {file}, lora board {file}, lora fetch {file}"

@@ -135,10 +135,18 @@ def _files(job: JobFile, channel: str, path: Path, plan: Plan) -> Mapping[str, P
     """The files that a channel is to hold, by their paths in it."""
     pictures = {"dataset": plan.dataset_files, "reg": plan.reg_files}
     if channel in pictures:
-        return {name: file for name, file in pictures[channel].items() if isinstance(file, Path)}
+        below = _flat(plan) if channel == "dataset" else ""
+        return {below + name: file for name, file in pictures[channel].items() if isinstance(file, Path)}
     if channel == "config":
         return configuration(path, job.training)
     return {path.name: path} if path.is_file() else _below(path, _ENDINGS[channel])
+
+
+def _flat(plan: Plan) -> str:
+    """The folder that pictures in none are taken as, named after theirs: a channel has no such name."""
+    if "dataset_config" in plan.merged.values or any("/" in name for name in plan.dataset_files):
+        return ""
+    return f"{plan.dataset.subsets[0].folder}/"
 
 
 def configuration(path: Path, training: Mapping[str, object]) -> Mapping[str, Path]:

@@ -53,6 +53,11 @@ def test_the_same_again_starts_nothing(
     assert capsys.readouterr().out.startswith(
         f"{first.name}: is going already (InProgress); nothing was started\n"
     )
+    account.end(first.name, "Stopping")
+    assert main(["submit", str(job_file)]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith(f"{first.name}: is being stopped, and nothing was started;")
+    assert told[-1] == f"next: lora watch {job_file}, then lora submit {job_file}"
     account.end(first.name, "Completed")
     assert main(["submit", str(job_file)]) == 0
     out = capsys.readouterr().out

@@ -155,6 +155,16 @@ def test_only_what_a_job_reads_is_sent(account: Account, job_file: Path, picture
     assert {one.channel: sorted(one.files) for one in uploads.find(whole, plan)}["config"] == []
 
 
+def test_a_flat_folder_keeps_its_name(account: Account, job_file: Path, pictures: Path) -> None:
+    """As a channel it would be called dataset, and that be the word that pictures without a caption have."""
+    (job_file.parent / "cat").mkdir()
+    for file in (pictures / "2_shape").iterdir():
+        (job_file.parent / "cat" / file.name).write_bytes(file.read_bytes())
+    job, plan = plan_of(write(job_file, dataset="cat"))
+    (upload,) = (one for one in uploads.find(job, plan) if one.channel == "dataset")
+    assert sorted(upload.files) == [f"10_cat/{name}" for name in ALL]
+
+
 def test_where_channels_lie(account: Account, job_file: Path) -> None:
     job, plan = plan_of(job_file)
     local = uploads.find(job, plan)
