@@ -133,11 +133,11 @@ class SageMaker:
                 "Instances, with current utilization of 0 Instances and a request delta of 1 Instances. "
                 "Please use AWS Service Quotas to request an increase for this quota.",
             )
-        for channel in request.get("InputDataConfig", ()):
-            self._check_channel(channel["DataSource"]["S3DataSource"]["S3Uri"])
         places = [
             channel["DataSource"]["S3DataSource"]["S3Uri"] for channel in request.get("InputDataConfig", ())
         ]
+        for place in places:
+            self._check_channel(place)
         for place in (*places, request["OutputDataConfig"]["S3OutputPath"]):
             self._check_bucket(place.removeprefix("s3://").partition("/")[0])
 

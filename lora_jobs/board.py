@@ -40,16 +40,16 @@ def run(arguments: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # TensorBoard must not outlive a terminal that is closed
         signal.signal(number, signal.default_int_handler)
     jobs = [find(asked, arguments.region) for asked in arguments.job]
-    with _shown(jobs, arguments.port, arguments.every) as board:
+    with _shown(jobs, arguments.port, arguments.every) as shown:
         names = [name for _, name in jobs]
         if arguments.json:
-            say(json.dumps({"address": board.address, "jobs": names}))
+            say(json.dumps({"address": shown.address, "jobs": names}))
         else:
-            say(f"TensorBoard shows {', '.join(names)} on {board.address} until Ctrl-C.")
+            say(f"TensorBoard shows {', '.join(names)} on {shown.address} until Ctrl-C.")
         if not arguments.no_browser and not arguments.json:
-            webbrowser.open(board.address)
-        board.process.wait()
-        raise LoraError(f"TensorBoard ended with exit code {board.process.returncode}. {board.last}")
+            webbrowser.open(shown.address)
+        shown.process.wait()
+        raise LoraError(f"TensorBoard ended with exit code {shown.process.returncode}. {shown.last}")
 
 
 @contextmanager

@@ -70,9 +70,9 @@ def look(draft: Draft, *, pictures: bool = False) -> Report:
     unfit = {key for key, _ in draft.problems}
     asked = hyperparameters(draft)
     with tempfile.TemporaryDirectory(prefix="lora-") as folder:
-        config = Path(folder, "input", "config")
-        config.mkdir(parents=True)
-        (config / "hyperparameters.json").write_text(json.dumps(asked))
+        place = Path(folder, "input", "config")
+        place.mkdir(parents=True)
+        (place / "hyperparameters.json").write_text(json.dumps(asked))
         gpu = gpu_of(draft)
         report = checked.look([], gpu=gpu, pictures=pictures, tree=Tree(Path(folder)))
     report = replace(report, notes=(*report.notes, *_notes(_instance(draft), gpu)))

@@ -20,9 +20,8 @@ class LoraError(Exception):
 
 def to_person(text: str) -> str:
     """What is said to a job that may not do something, said to the one who types `lora`."""
-    text = text.replace(
-        "on that key to the job's role", "on that key to yourself"
-    )  # no policy of ours knows it
+    # Of a bucket's own key no policy of ours knows.
+    text = text.replace("on that key to the job's role", "on that key to yourself")
     return text.replace("to the job's role", "to yourself (lora policy JOB.toml --person prints all)")
 
 

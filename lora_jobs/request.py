@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,17 +159,22 @@ def check_buckets(job: JobFile, aws: Aws) -> None:
     """
     from botocore.exceptions import ClientError  # noqa: PLC0415 (lora --help needs none)
 
-    keys = {channel: key for key, channel in CHANNELS.items()}
-    given = {**{keys[channel]: uri for channel, uri in job.remote.items()}, "output": job.output}
-    problems = []
-    for key, uri in given.items():
-        bucket = S3Uri.parse(uri).bucket
+    @cache
+    def asked(bucket: str) -> tuple[bool, str]:
+        """Whether it is there, and its region."""
         try:
             told: Mapping[str, Any] = aws.s3.head_bucket(Bucket=bucket)["ResponseMetadata"]
         except ClientError as error:
             told = error.response["ResponseMetadata"]
         region = told.get("HTTPHeaders", {}).get("x-amz-bucket-region", aws.region)
-        if told["HTTPStatusCode"] == 404:
+        return told["HTTPStatusCode"] != 404, region
+
+    given = {key: job.remote[channel] for key, channel in CHANNELS.items() if channel in job.remote}
+    problems = []
+    for key, uri in {**given, "output": job.output}.items():
+        bucket = S3Uri.parse(uri).bucket
+        is_there, region = asked(bucket)
+        if not is_there:
             wrong, fix = (
                 f"there is no bucket {bucket}",
                 f"Correct its name, or make it: aws s3 mb s3://{bucket}",

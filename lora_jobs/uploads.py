@@ -10,10 +10,12 @@ that was cut off, and not for another job. Files that a former version of the fo
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from entrypoint import console, files
 from entrypoint.check import Plan
@@ -26,6 +28,8 @@ from kohya import config
 from kohya.problem import counted
 from lora_jobs.errors import LoraError
 from lora_jobs.job_file import JobFile, where
+
+T = TypeVar("T")
 
 _FORMER = 3  # versions whose files are looked at for a copy
 _LARGEST_COPY = 5 << 30  # bytes: CopyObject in S3's API reference
@@ -116,12 +120,7 @@ def _missing(upload: Upload, storage: Storage, *, trusting: bool) -> list[str]:
         found = there.get((upload.folder / path).key)
         if found is None or found.size != upload.states[path][0]:
             return True
-        try:
-            return not trusting and not storage.holds(found, upload.files[path])
-        except StorageError as error:
-            if isinstance(error.problem, Outage):
-                raise
-            return True  # it may not be read: so it is sent again
+        return not trusting and not _readable(partial(storage.holds, found, upload.files[path]))
 
     with ThreadPoolExecutor(_AT_ONCE) as crew:
         return [
@@ -129,6 +128,16 @@ def _missing(upload: Upload, storage: Storage, *, trusting: bool) -> list[str]:
             for path, absent in zip(upload.files, crew.map(is_missing, upload.files), strict=True)
             if absent
         ]
+
+
+def _readable(ask: Callable[[], T]) -> T | None:
+    """What is asked of an object; None where it may not be read, as with a key that only encrypts."""
+    try:
+        return ask()
+    except StorageError as error:
+        if isinstance(error.problem, Outage):
+            raise
+        return None
 
 
 def _files(job: JobFile, channel: str, path: Path, plan: Plan) -> Mapping[str, Path]:
@@ -228,12 +237,10 @@ def _copy(
     for name, uri in list(manifests.items())[:_FORMER]:
         if uri == upload.manifest:
             continue
-        try:
-            content = json.loads(storage.read(uri, limit=1 << 26))
-        except StorageError as error:
-            if isinstance(error.problem, Outage):
-                raise
-            continue  # it may not be read, and nothing is copied from it
+        text = _readable(partial(storage.read, uri, limit=1 << 26))
+        if text is None:
+            continue
+        content = json.loads(text)
         folder = S3Uri(upload.folder.bucket, upload.folder.key.rpartition("/")[0]) / name.removesuffix(
             ".json"
         )

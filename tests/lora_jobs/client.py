@@ -1,5 +1,6 @@
 """The command `lora` as a person types it, against the stand-in of AWS."""
 
+import json
 import os
 import pty
 import signal
@@ -7,7 +8,10 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,17 @@ from tests.harness import TINY, Result
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("--every", "0.2")  # seconds between two looks
+
+
+def shown_steps(address: str, job: str, count: int) -> list[int]:
+    """The steps that TensorBoard shows of a job's loss, once there are so many, or two minutes are over."""
+    place = f"{address}data/plugin/scalars/scalars?run={job}&tag=loss%2Fcurrent"
+    steps, end = list[int](), time.monotonic() + 120
+    while len(steps) < count and time.monotonic() < end:
+        with suppress(urllib.error.HTTPError), urllib.request.urlopen(place, timeout=30) as answer:
+            steps = [step for _, step, _ in json.load(answer)]
+        time.sleep(0.1)  # it is not read in yet
+    return steps
 
 
 class Person:

@@ -1,11 +1,9 @@
 """lora board: event logs, as they grow in S3."""
 
-import json
 import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from entrypoint.storage import S3Uri
 from lora_jobs import board
 from lora_jobs.board import Run
 from lora_jobs.errors import LoraError
+from tests.lora_jobs.client import shown_steps
 from tests.lora_jobs.test_jobs import TOLD
 from tests.reports import write_log
 
@@ -104,16 +103,7 @@ def test_it_lasts_as_long_as_the_block(logged: Logged, tmp_path: Path) -> None:
     aws: Any = logged
     with board(JOB, port=0, every=0.1, aws=aws) as address:
         logged.log(write_log(tmp_path / "log", 3).read_bytes())
-        place, end = (
-            f"{address}data/plugin/scalars/scalars?run={JOB}&tag=loss%2Fcurrent",
-            time.monotonic() + 120,
-        )
-        steps: list[int] = []
-        while len(steps) < 3 and time.monotonic() < end:
-            with suppress(urllib.error.HTTPError), urllib.request.urlopen(place, timeout=30) as answer:
-                steps = [step for _, step, _ in json.load(answer)]
-            time.sleep(0.1)  # it is not read in yet
-        assert steps == [1, 2, 3]
+        assert shown_steps(address, JOB, 3) == [1, 2, 3]
     with pytest.raises(OSError):
         urllib.request.urlopen(address, timeout=5)
 

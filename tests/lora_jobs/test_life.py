@@ -3,11 +3,7 @@
 import json
 import re
 import signal
-import time
 import tomllib
-import urllib.error
-import urllib.request
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +12,7 @@ from demo.stand_in import BUCKET, client
 from entrypoint.checkpoint import verify_lora
 from kohya import networks
 from kohya.config import Kind
-from tests.lora_jobs.client import QUICK, Person
+from tests.lora_jobs.client import QUICK, Person, shown_steps
 
 # 1,200 steps, of which a machine makes no more than some hundred before it is broken off
 LONG = {"max_train_epochs": 300, "save_every_n_epochs": 5}
@@ -80,13 +76,7 @@ def _shown_in_tensorboard(person: Person, job: str) -> None:
         told = json.loads(line)
         assert told["jobs"] == [job]
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", told["address"])
-        place = f"{told['address']}data/plugin/scalars/scalars?run={job}&tag=loss%2Fcurrent"
-        steps, end = list[int](), time.monotonic() + 120
-        while len(steps) < 8 and time.monotonic() < end:
-            with suppress(urllib.error.HTTPError), urllib.request.urlopen(place, timeout=30) as answer:
-                steps = [step for _, step, _ in json.load(answer)]
-            time.sleep(0.1)  # it is not read in yet
-        assert steps == list(range(1, 9))
+        assert shown_steps(told["address"], job, 8) == list(range(1, 9))
     finally:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
